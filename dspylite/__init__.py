@@ -1,0 +1,132 @@
+"""Programs made of language-model calls, run from any thread, task or process.
+
+`import dspylite as dspy` gives DSPy's names for running programs. This file is the one public list;
+nothing inside the package imports it.
+"""
+
+from dspylite.adapters.json import JSONAdapter
+from dspylite.adapters.sections import ChatAdapter
+from dspylite.concurrency.executors import asyncify, syncify
+from dspylite.concurrency.outcome import Outcome
+from dspylite.concurrency.parallel import Parallel
+from dspylite.errors import (
+    AdapterParseError,
+    BatchError,
+    ContentFilterError,
+    ContextWindowExceededError,
+    DSPyError,
+    EmbeddingError,
+    EmbeddingShapeError,
+    EmbeddingValueError,
+    FlowError,
+    InputFieldError,
+    ItemSkippedError,
+    ItemTimeoutError,
+    LMAuthError,
+    LMConfigurationError,
+    LMError,
+    LMInvalidRequestError,
+    LMNotConfiguredError,
+    LMRateLimitError,
+    LMServerError,
+    LMTimeoutError,
+    LMTransportError,
+    LMUnexpectedError,
+    MissingExtraError,
+    ModuleError,
+    SettingsError,
+    SignatureError,
+    is_retryable_lm_error,
+)
+from dspylite.models.base import BaseLM
+from dspylite.models.embedder import Embedder
+from dspylite.models.embeddings import Embeddings
+from dspylite.models.lm import LM, OfflineLM
+from dspylite.models.middleware import Retry
+from dspylite.programs.base import Module
+from dspylite.programs.predict import ChainOfThought, Predict
+from dspylite.runtime.calls import BaseCallback, current_call
+from dspylite.runtime.settings import SettingsWarning, configure, context, settings
+from dspylite.runtime.threads import (
+    ThreadPoolExecutor,
+    bind,
+    bind_iter,
+    propagate_to_threads,
+)
+from dspylite.runtime.tracking import track_usage
+from dspylite.schema.messages import Usage
+from dspylite.schema.records import Completions, Example, Prediction
+from dspylite.schema.signature import (
+    InputField,
+    OutputField,
+    Signature,
+    infer_prefix,
+    make_signature,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LM",
+    "AdapterParseError",
+    "BaseCallback",
+    "BaseLM",
+    "BatchError",
+    "ChainOfThought",
+    "ChatAdapter",
+    "Completions",
+    "ContentFilterError",
+    "ContextWindowExceededError",
+    "DSPyError",
+    "Embedder",
+    "EmbeddingError",
+    "EmbeddingShapeError",
+    "EmbeddingValueError",
+    "Embeddings",
+    "Example",
+    "FlowError",
+    "InputField",
+    "InputFieldError",
+    "ItemSkippedError",
+    "ItemTimeoutError",
+    "JSONAdapter",
+    "LMAuthError",
+    "LMConfigurationError",
+    "LMError",
+    "LMInvalidRequestError",
+    "LMNotConfiguredError",
+    "LMRateLimitError",
+    "LMServerError",
+    "LMTimeoutError",
+    "LMTransportError",
+    "LMUnexpectedError",
+    "MissingExtraError",
+    "Module",
+    "ModuleError",
+    "OfflineLM",
+    "Outcome",
+    "OutputField",
+    "Parallel",
+    "Predict",
+    "Prediction",
+    "Retry",
+    "SettingsError",
+    "SettingsWarning",
+    "Signature",
+    "SignatureError",
+    "ThreadPoolExecutor",
+    "Usage",
+    "asyncify",
+    "bind",
+    "bind_iter",
+    "configure",
+    "context",
+    "current_call",
+    "infer_prefix",
+    "is_retryable_lm_error",
+    "make_signature",
+    "propagate_to_threads",
+    "settings",
+    "syncify",
+    "track_usage",
+]

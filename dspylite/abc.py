@@ -1,0 +1,203 @@
+"""The contracts between the floors: what each part may expect of another, as Protocols.
+
+Not here: any behaviour. A low file that must name a high thing names its contract here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
+
+from dspylite.schema.messages import LMRequest, LMResponse, Message
+from dspylite.schema.signature import Signature
+
+P = ParamSpec("P")
+T = TypeVar("T")
+X = TypeVar("X")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Dual(Protocol[P, T_co]):
+    """A leaf that exists in two forms: one blocks its thread, one awaits."""
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> T_co:
+        """Do it on this thread."""
+        ...
+
+    def acall(self, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T_co]:
+        """Do it on this event loop."""
+        ...
+
+
+class Ticket(Protocol):
+    """A place in a gate's queue."""
+
+    @property
+    def granted(self) -> bool:
+        """Whether the holder may pass."""
+        ...
+
+
+K = TypeVar("K", bound=Ticket)
+
+
+class Gate(Protocol[K]):
+    """Something that lets a limited number of callers in, from any thread and event loop.
+
+    `Io.enter` turns it into a context manager. No method blocks. It makes its own kind of ticket.
+    """
+
+    def ask(self, wake: Callable[[], None]) -> K:
+        """Queue up; `wake` is called once from any thread when a ticket that waited is granted."""
+        ...
+
+    def leave(self, ticket: K) -> None:
+        """Give the place back, whether the ticket was granted or still waits."""
+        ...
+
+
+class Clock(Protocol):
+    """Where drivers read the time and spend it."""
+
+    def now(self) -> float:
+        """Return seconds from an arbitrary start, never going back."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Block this thread."""
+        ...
+
+    async def asleep(self, seconds: float) -> None:
+        """Wait on this event loop."""
+        ...
+
+
+class Io(Protocol):
+    """The only door through which a plan waits; one driver blocks, the other awaits."""
+
+    async def call(self, dual: Dual[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a leaf in the form that fits."""
+        ...
+
+    async def any(
+        self, fn: Callable[P, T | Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a user's function, sync or async, without blocking what must not block."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait for some seconds."""
+        ...
+
+    def now(self) -> float:
+        """Return seconds from an arbitrary start, never going back."""
+        ...
+
+    async def map(
+        self, plan: Callable[[X], Awaitable[T]], items: Sequence[X], *, limit: int
+    ) -> list[T]:
+        """Run a plan over items, at most `limit` at a time; results in the order of the items."""
+        ...
+
+    def enter(self, gate: Gate[K]) -> AbstractAsyncContextManager[None]:
+        """Wait for a place in `gate`, hold it for the block, give it back."""
+        ...
+
+
+class Engine(Protocol):
+    """What reaches a provider: a `Dual` from request to response that raises our errors only."""
+
+    def call(self, request: LMRequest) -> LMResponse:
+        """Send and wait on this thread."""
+        ...
+
+    async def acall(self, request: LMRequest) -> LMResponse:
+        """Send and wait on this event loop."""
+        ...
+
+
+Next = Callable[[LMRequest], Awaitable[LMResponse]]
+"""The rest of the chain, as a middleware sees it."""
+
+
+class Middleware(Protocol):
+    """A policy around a call; one body serves sync and async."""
+
+    async def handle(self, request: LMRequest, call_next: Next, io: Io) -> LMResponse:
+        """Answer the request, usually by awaiting `call_next(request)` once or more."""
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What programs ask of a language model."""
+
+    model: str
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the model can do beyond text: `"json_schema"`, `"json_object"` ..."""
+        ...
+
+    @property
+    def default_temperature(self) -> float | None:
+        """The temperature used when a call names none."""
+        ...
+
+    async def plan(
+        self, io: Io, messages: Sequence[Message], params: Mapping[str, Any]
+    ) -> LMResponse:
+        """Run one call through the model's whole chain of policies."""
+        ...
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """Turns a signature and values into messages, and an answer into values. Pure text."""
+
+    @property
+    def fallback(self) -> Adapter | None:
+        """The adapter to try once when an answer does not parse; None for none."""
+        ...
+
+    def format(
+        self,
+        signature: type[Signature],
+        demos: Sequence[Mapping[str, Any]],
+        inputs: Mapping[str, Any],
+    ) -> list[Message]:
+        """Write the prompt."""
+        ...
+
+    def parse(
+        self, signature: type[Signature], completion: str, *, finish_reason: str | None = "stop"
+    ) -> dict[str, Any]:
+        """Read the outputs from an answer, each with its declared type.
+
+        Raises:
+            AdapterParseError: The answer is not one complete value for every output.
+        """
+        ...
+
+    def params(self, signature: type[Signature], capabilities: frozenset[str]) -> Mapping[str, Any]:
+        """Give request parameters that this form of answer wants, such as `response_format`."""
+        ...
+
+
+@runtime_checkable
+class Callback(Protocol):
+    """Hears of calls; see `BaseCallback` for the methods. All are optional."""
+
+
+@runtime_checkable
+class Program(Protocol):
+    """Anything that can be called from a thread and awaited on a loop, such as a `Module`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on this thread."""
+        ...
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on this event loop."""
+        ...

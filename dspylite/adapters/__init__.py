@@ -1,0 +1,4 @@
+"""Between signatures and text: adapters write prompts and read answers.
+
+Pure text, no model inside.
+"""

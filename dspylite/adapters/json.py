@@ -1,0 +1,149 @@
+"""`JSONAdapter`: all outputs as one JSON object.
+
+With the provider's structured output where it has it.
+Not here: mending and bounding of JSON (`adapters/values.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dspylite.adapters.base import BaseAdapter
+from dspylite.adapters.values import json_schema, parse_json, to_json, validate
+from dspylite.schema.signature import Signature
+
+MAX_OBJECTS = 16
+"""Objects looked at in an answer that wraps its own in prose; more of them is ambiguous anyway."""
+
+_STRUCTURE = re.compile(r'[{}"\\]')
+
+
+class JSONAdapter(BaseAdapter):
+    """Asks for one JSON object that holds every output, and reads it back.
+
+    Where the model takes a JSON schema the request carries one, so that the answer cannot have
+    another shape.
+    """
+
+    def form(self, signature: type[Signature]) -> str:
+        """Show the keys of the object."""
+        shape = ", ".join(f'"{name}": <{name}>' for name in signature.output_fields)
+        return f"Answer with one JSON object and nothing else:\n\n{{{shape}}}"
+
+    def reminder(self, signature: type[Signature]) -> str:
+        """Name the keys to write."""
+        names = ", ".join(f"`{name}`" for name in signature.output_fields)
+        return f"Write one JSON object with the keys {names}."
+
+    def answer(self, signature: type[Signature], values: Mapping[str, Any]) -> str:
+        """Write the object of a demo's answer; keys the demo lacks are null."""
+        return to_json({name: values.get(name) for name in signature.output_fields}, indent=2)
+
+    def params(self, signature: type[Signature], capabilities: frozenset[str]) -> Mapping[str, Any]:
+        """Ask for the provider's structured output, in the strictest form that it has."""
+        if "json_schema" in capabilities and (schema := _strict_schema(signature)) is not None:
+            name = "".join(c if c.isalnum() else "_" for c in signature.__name__)[:64]
+            wanted = {"name": name, "schema": schema, "strict": True}
+            return {"response_format": {"type": "json_schema", "json_schema": wanted}}
+        if "json_object" in capabilities or "json_schema" in capabilities:
+            return {"response_format": {"type": "json_object"}}
+        return {}
+
+    def parse(
+        self, signature: type[Signature], completion: str, *, finish_reason: str | None = "stop"
+    ) -> dict[str, Any]:
+        """Read the object of an answer, also from a code fence or out of surrounding prose.
+
+        Raises:
+            AdapterParseError: There is no such object or more than one, it is cut, a key is missing
+                or comes twice, or a value does not fit its type.
+        """
+        del finish_reason  # the object's own closing brace tells that it is whole
+        try:
+            value = parse_json(completion)
+        except ValueError as error:
+            value = self._find_object(signature, completion, str(error))
+        if not isinstance(value, dict):
+            raise self.error(signature, completion, "The answer is JSON, but not one object.")
+        return self.read_fields(signature, completion, value, validate)
+
+    def _find_object(self, signature: type[Signature], completion: str, reason: str) -> Any:
+        found: list[dict[str, Any]] = []
+        for start, end in _outermost_braces(completion)[:MAX_OBJECTS]:
+            try:
+                value = parse_json(completion[start:end])
+            except ValueError:
+                continue
+            if isinstance(value, dict) and any(name in value for name in signature.output_fields):
+                found.append(value)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            reason = f"it holds {len(found)} objects, which is ambiguous"
+        raise self.error(signature, completion, f"The answer is not one JSON object: {reason}.")
+
+
+def _outermost_braces(text: str) -> list[tuple[int, int]]:
+    """Find the spans of matching braces that lie in no other such span, in one pass.
+
+    Quotes count inside braces only: outside, they are prose.
+    """
+    opened: list[int] = []
+    spans: list[tuple[int, int]] = []
+    in_string, skip = False, -1
+    for mark in _STRUCTURE.finditer(text):
+        place, char = mark.start(), mark[0]
+        if place == skip:
+            continue
+        if char == "\\":
+            skip = place + 1 if in_string else -1
+        elif char == '"':
+            in_string = bool(opened) and not in_string
+        elif in_string:
+            continue
+        elif char == "{":
+            opened.append(place)
+        elif opened:
+            start = opened.pop()
+            while spans and spans[-1][0] > start:
+                spans.pop()
+            spans.append((start, place + 1))
+    return spans
+
+
+def _strict_schema(signature: type[Signature]) -> dict[str, Any] | None:
+    """Make the schema of the whole answer; None where a provider's strict form cannot say it.
+
+    Strict forms want every key of every object named and required, so free-form dicts do not fit.
+    """
+    properties: dict[str, Any] = {}
+    definitions: dict[str, Any] = {}
+    for name, field in signature.output_fields.items():
+        schema = json_schema(field.annotation)
+        definitions.update(schema.pop("$defs", {}))
+        properties[name] = schema
+    whole: dict[str, Any] = {"type": "object", "properties": properties}
+    if definitions:
+        whole["$defs"] = definitions
+    return whole if _close(whole) else None
+
+
+def _close(node: Any) -> bool:
+    """Make every object of a schema closed and complete; False if one is free-form."""
+    if isinstance(node, list):
+        return all(_close(item) for item in node)
+    if not isinstance(node, dict):
+        return True
+    if node.get("type") == "object":
+        if not node.get("properties"):
+            return False
+        node["additionalProperties"] = False
+        node["required"] = list(node["properties"])
+        for prop in node["properties"].values():
+            if isinstance(prop, dict):
+                prop.pop("default", None)
+    elif not node:
+        return False
+    return all(_close(value) for value in node.values())

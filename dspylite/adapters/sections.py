@@ -1,0 +1,109 @@
+"""`ChatAdapter`: each output under a header line of its own, closed by an end marker.
+
+Works with any chat model. Not here: how one value is read (`adapters/values.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dspylite.adapters.base import NOT_GIVEN, BaseAdapter, header, section, unfence
+from dspylite.adapters.json import JSONAdapter
+from dspylite.adapters.values import format_value, parse_text
+from dspylite.schema.signature import Signature
+
+END = "completed"
+"""Name of the end marker; the only header that is not an output."""
+
+COMPLETE_REASONS = frozenset({"stop", "end_turn", "eos", "tool_calls"})
+"""Reasons to stop that mean the model had said everything, by provider's spelling."""
+
+_HEADER = re.compile(r"^[ \t]*\[\[ ## (\w+) ## \]\]", re.MULTILINE)
+
+
+class ChatAdapter(BaseAdapter):
+    """Asks for each output under its own header line and reads them back.
+
+    An answer that does not parse is asked for once more as JSON, unless that is switched off.
+
+    Args:
+        callbacks: Told of every format and parse.
+        use_json_adapter_fallback: Whether to ask once more through `JSONAdapter`.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[Any] | None = None,
+        *,
+        use_json_adapter_fallback: bool = True,
+    ) -> None:
+        super().__init__(callbacks)
+        self.use_json_adapter_fallback = use_json_adapter_fallback
+        self._fallback = JSONAdapter(callbacks) if use_json_adapter_fallback else None
+
+    @property
+    def fallback(self) -> BaseAdapter | None:
+        """`JSONAdapter`, unless switched off."""
+        return self._fallback
+
+    def form(self, signature: type[Signature]) -> str:
+        """Show the sections of an answer."""
+        shape = "\n\n".join(f"{header(name)}\n<{name}>" for name in signature.output_fields)
+        return (
+            "Write each output below its header line, in this order, then the end marker, and "
+            f"nothing else:\n\n{shape}\n\n{header(END)}"
+        )
+
+    def reminder(self, signature: type[Signature]) -> str:
+        """Name the sections to write."""
+        names = ", then ".join(f"`{header(name)}`" for name in signature.output_fields)
+        return f"Write {names}, then `{header(END)}`."
+
+    def answer(self, signature: type[Signature], values: Mapping[str, Any]) -> str:
+        """Write the sections of a demo's answer."""
+        parts = [
+            section(name, format_value(values[name]) if name in values else NOT_GIVEN)
+            for name in signature.output_fields
+        ]
+        return "\n\n".join([*parts, header(END)])
+
+    def parse(
+        self, signature: type[Signature], completion: str, *, finish_reason: str | None = "stop"
+    ) -> dict[str, Any]:
+        """Read the sections of an answer.
+
+        Only the header lines of declared outputs open a section; other text that looks like one is
+        part of the value it stands in.
+
+        Raises:
+            AdapterParseError: An output is missing, comes twice, does not fit its type, or the
+                answer was cut off.
+        """
+        outputs = signature.output_fields
+        marks = [m for m in _HEADER.finditer(completion) if m[1] in outputs or m[1] == END]
+        found: dict[str, str] = {}
+        complete = False
+        for place, mark in enumerate(marks):
+            name = mark[1]
+            stop = marks[place + 1].start() if place + 1 < len(marks) else len(completion)
+            if name == END:
+                complete = True
+            elif name in found:
+                raise self.error(
+                    signature, completion, f"`{name}` comes twice, which is ambiguous."
+                )
+            elif complete:
+                raise self.error(signature, completion, f"`{name}` comes after the end marker.")
+            else:
+                found[name] = unfence(completion[mark.end() : stop]).strip()
+        if not complete and finish_reason not in COMPLETE_REASONS:
+            raise self.error(
+                signature,
+                completion,
+                f"The answer has no end marker and the model stopped for `{finish_reason}`: "
+                "it was cut.",
+                found or None,
+            )
+        return self.read_fields(signature, completion, found, parse_text)

@@ -1,0 +1,349 @@
+"""One value as text and back: how an input is written, how an output is described and read.
+
+Reading mends syntax noise (code fences, trailing commas, Python's spelling of JSON) and never a
+missing tail. Not here: where in a prompt or an answer the value stands.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import functools
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pydantic
+from pydantic.errors import PydanticUserError
+
+from dspylite.schema.records import Example
+from dspylite.schema.signature import Field
+
+MAX_DEPTH = 64
+"""Deepest nesting of a value read; deeper ones are hostile or broken."""
+
+MAX_CHARS = 4_000_000
+"""Longest text read as one value."""
+
+
+def format_value(value: Any) -> str:
+    """Write a value for a prompt: text as it is, anything structured as JSON.
+
+    Example:
+        >>> format_value("a text"), format_value(["a", "b"]), format_value(None)
+        ('a text', '["a", "b"]', 'null')
+    """
+    if isinstance(value, enum.Enum):
+        value = value.value
+    return value if isinstance(value, str) else to_json(value)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Write any value as JSON; what JSON does not know is written as its text."""
+    return json.dumps(value, ensure_ascii=False, default=_jsonable, indent=indent)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Example):
+        return value.toDict()
+    if isinstance(value, pydantic.BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return str(value)
+
+
+def describe(field: Field) -> str:
+    """Say in words what form an output's text must have; empty for free text.
+
+    Example:
+        >>> describe(Field(kind="output", name="n", annotation=int, constraints=(("ge", 1),)))
+        'a whole number, ge=1'
+    """
+    parts = [_describe_type(field.annotation)]
+    parts += [f"{name}={value!r}" for name, value in field.constraints if name != "examples"]
+    return ", ".join(part for part in parts if part)
+
+
+def _describe_type(annotation: Any) -> str:
+    simple = {
+        str: "",
+        int: "a whole number",
+        float: "a number",
+        bool: "`true` or `false`",
+        datetime.date: "a date as YYYY-MM-DD",
+        datetime.datetime: "a date and time in ISO 8601",
+        Any: "JSON",
+    }
+    if isinstance(annotation, typing.Hashable) and annotation in simple:
+        return simple[annotation]
+    if (choices := _choices(annotation)) is not None:
+        return "exactly one of " + ", ".join(f"`{format_value(choice)}`" for choice in choices)
+    alternatives = _alternatives(annotation)
+    if alternatives and type(None) in alternatives and len(alternatives) == 2:
+        (other,) = (kind for kind in alternatives if kind is not type(None))
+        return f"{_describe_type(other) or 'text'}, or `null`"
+    return f"JSON of this schema: {to_json(json_schema(annotation))}"
+
+
+def json_schema(annotation: Any) -> dict[str, Any]:
+    """Return the JSON schema of a type."""
+    return type_adapter(annotation, ()).json_schema()
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_adapter(
+    annotation: Any, constraints: tuple[tuple[str, Any], ...]
+) -> pydantic.TypeAdapter[Any]:
+    bounds = {name: value for name, value in constraints if name != "examples"}
+    kind: Any = Annotated[annotation, pydantic.Field(**bounds)] if bounds else annotation
+    try:
+        return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(allow_inf_nan=False))
+    except PydanticUserError:  # models and dataclasses bring a config of their own
+        return pydantic.TypeAdapter(kind)
+
+
+def type_adapter(
+    annotation: Any, constraints: tuple[tuple[str, Any], ...]
+) -> pydantic.TypeAdapter[Any]:
+    """Return pydantic's reader of a type with bounds; made once per type."""
+    try:
+        return _cached_adapter(annotation, constraints)
+    except TypeError:  # a type or bound that cannot be hashed
+        return _cached_adapter.__wrapped__(annotation, constraints)
+
+
+def parse_text(field: Field, text: str) -> Any:
+    """Read an output from the text a model wrote for it.
+
+    Raises:
+        ValueError: The text is not a value of the field's type; the message says why.
+    """
+    annotation = field.annotation
+    text = text.strip()
+    if annotation is str:
+        return text if not field.constraints else _validated(field, text)
+    if len(text) > MAX_CHARS:
+        raise ValueError(f"{len(text)} characters are more than {MAX_CHARS}")
+    alternatives = _alternatives(annotation)
+    if type(None) in alternatives and text in {"null", "None"}:
+        return None
+    if str in alternatives and set(alternatives) <= {str, type(None)}:
+        return _validated(field, text)
+    bare = _without_quotes(text)
+    if (choices := _choices(annotation)) is not None:
+        return _pick(choices, bare)
+    if annotation is bool and bare.lower() in {"true", "false", "yes", "no"}:
+        return bare.lower() in {"true", "yes"}
+    if annotation in (int, float) and not re.fullmatch(r"[-+]?[\d._]+([eE][-+]?\d+)?", bare):
+        raise ValueError(f"{_excerpt(bare)} is not {_describe_type(annotation)}")
+    try:
+        value = parse_json(text)
+    except ValueError:
+        if text[:1] in {"{", "["} or "```" in text:
+            raise  # meant as JSON and broken: reading it as text would hide that
+        value = bare
+    try:
+        return _validated(field, value)
+    except ValueError:
+        if isinstance(value, str) or text[:1] in {"{", "["}:
+            raise
+        return _validated(field, bare)  # `2024-05-01` or `1234` may be what a str-like type wants
+
+
+def validate(field: Field, value: Any) -> Any:
+    """Check and convert an output that already is a JSON value.
+
+    Raises:
+        ValueError: It is not a value of the field's type.
+    """
+    if isinstance(value, str):
+        if field.annotation is str:
+            return value if not field.constraints else _validated(field, value)
+        if (choices := _choices(field.annotation)) is not None:
+            return _pick(choices, value)
+    return _validated(field, value)
+
+
+def _validated(field: Field, value: Any) -> Any:
+    try:
+        result = type_adapter(field.annotation, field.constraints).validate_python(value)
+    except pydantic.ValidationError as error:
+        reasons = "; ".join(
+            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}".removeprefix(": ")
+            for e in error.errors(include_url=False, include_input=False)[:5]
+        )
+        raise ValueError(f"{_excerpt(value)} does not fit: {reasons}") from None
+    if isinstance(result, float) and not math.isfinite(result):
+        raise ValueError(f"{result} is not a finite number")
+    return result
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _choices(annotation: Any) -> tuple[Any, ...] | None:
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return tuple(annotation)
+    return None
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in {typing.Union, types.UnionType}:
+        return typing.get_args(annotation)
+    return ()
+
+
+def _pick(choices: tuple[Any, ...], text: str) -> Any:
+    """Find the one choice that the text names: exactly, else without regard to case."""
+    text = text.strip()
+    spelled = [(choice, _spellings(choice)) for choice in choices]
+    for fold in (str, str.casefold):
+        found = [c for c, names in spelled if fold(text) in {fold(name) for name in names}]
+        if len(found) == 1:
+            return found[0]
+    allowed = ", ".join(repr(format_value(choice)) for choice in choices)
+    raise ValueError(f"{_excerpt(text)} is not one of {allowed}")
+
+
+def _spellings(choice: Any) -> set[str]:
+    if isinstance(choice, enum.Enum):
+        return {str(choice.value), choice.name}
+    return {str(choice), format_value(choice)}
+
+
+def _without_quotes(text: str) -> str:
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'`":
+        inner = text[1:-1]
+        return inner if text[0] not in inner else text
+    return text
+
+
+def _without_fence(text: str) -> str:
+    """Take a value out of a Markdown code fence that holds nothing else."""
+    opening, newline, rest = text.partition("\n")
+    if newline and opening.startswith("```") and rest.endswith("```"):
+        return rest[:-3].strip()
+    return text
+
+
+def parse_json(text: str) -> Any:
+    r"""Read one JSON value, mending syntax noise but nothing that is missing.
+
+    Raises:
+        ValueError: It is no JSON value, names a key twice, nests deeper than `MAX_DEPTH`, or holds
+            NaN or infinity.
+
+    Example:
+        >>> parse_json("```json\n{'a': [1, 2,], 'b': True}\n```")
+        {'a': [1, 2], 'b': True}
+    """
+    text = _without_fence(text.strip())
+    try:
+        return load_json(text)
+    except json.JSONDecodeError as first:
+        try:
+            return load_json(mend_json(text))
+        except json.JSONDecodeError:
+            raise ValueError(f"not JSON: {first}") from None
+
+
+def load_json(text: str) -> Any:
+    """Read strict JSON under the bounds of `parse_json`.
+
+    Raises:
+        ValueError: As `parse_json`; `json.JSONDecodeError` where the syntax is at fault.
+    """
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+    check_tree(value)
+    return value
+
+
+def check_tree(value: Any) -> None:
+    """Refuse a value that nests too deep or holds a number that is not finite.
+
+    Raises:
+        ValueError: It does.
+    """
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH + 1:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                deeper.extend(item.values())
+            elif isinstance(item, list):
+                deeper.extend(item)
+            elif isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{item} is not a finite number")
+        level = deeper
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} comes twice")
+    return made
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a finite number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+
+_NOISE = re.compile(
+    r"""
+      (?P<string>"(?:[^"\\]|\\.?)*+(?:"|\Z))   # never-closed ones too, or the search would restart
+    | (?P<single>'(?:[^'\\]|\\.?)*+(?:'|\Z))   # at each of their quotes and turn quadratic
+    | (?P<comment>//[^\n]*|/\*.*?(?:\*/|\Z))
+    | (?P<comma>,(?=\s*[\]}]))
+    | (?P<word>\b(?:True|False|None)\b)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def mend_json(text: str) -> str:
+    r"""Rewrite syntax noise as JSON: trailing commas, comments, Python's quotes and constants.
+
+    Example:
+        >>> mend_json("{'it': \"isn't\", 'ok': True,}")
+        '{"it": "isn\'t", "ok": true}'
+    """
+    return _NOISE.sub(_mend, text)
+
+
+def _mend(match: re.Match[str]) -> str:
+    found = match[0]
+    match match.lastgroup:
+        case "single":
+            inner = found[1:-1].replace("\\'", "'")
+            return '"' + re.sub(r'(?<!\\)"', r"\"", inner) + '"'
+        case "comment" | "comma":
+            return ""
+        case "word":
+            return {"True": "true", "False": "false", "None": "null"}[found]
+        case _:
+            return found

@@ -1,0 +1,1 @@
+"""Running many: batches on threads and tasks, and programs called from the other side."""

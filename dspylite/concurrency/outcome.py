@@ -1,0 +1,85 @@
+"""What became of one item of a batch, and of the batch.
+
+Not here: running it (`concurrency/parallel.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from dspylite.errors import BatchError, ItemSkippedError
+from dspylite.schema.messages import Usage
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome(Generic[T]):
+    """How one item of a batch ended.
+
+    Attributes:
+        index: The item's place in the input.
+        ok: Whether it succeeded; the only thing to test, since values are never compared.
+        value: What it returned; None unless `ok`.
+        error: What it raised, or why it was not run; None if `ok`.
+        attempts: How often it was started: 1, or 0 if the batch stopped before it.
+        seconds: Wall time from its start to its end.
+        usage: Tokens it spent, by model name.
+    """
+
+    index: int
+    ok: bool
+    value: T | None = None
+    error: BaseException | None = None
+    attempts: int = 1
+    seconds: float = 0.0
+    usage: Mapping[str, Usage] = field(default_factory=dict[str, Usage])
+
+    def unwrap(self) -> T:
+        """Return the value, or raise the error.
+
+        Example:
+            >>> Outcome(index=0, ok=True, value="yes").unwrap()
+            'yes'
+        """
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]  # a T whenever there is no error
+
+
+def skipped(index: int, reason: str) -> Outcome[Any]:
+    """Make the outcome of an item that was never started."""
+    return Outcome(
+        index=index,
+        ok=False,
+        error=ItemSkippedError(f"Item {index} was not tried: {reason}.", index=index),
+        attempts=0,
+    )
+
+
+def batch_error(
+    outcomes: Sequence[Outcome[Any]], *, reason: str, cause: BaseException | None
+) -> BatchError:
+    """Make the error that tells of every failure and keeps every result."""
+    errors = {o.index: o.error for o in outcomes if o.error is not None and o.attempts}
+    untried = sum(1 for o in outcomes if not o.attempts)
+    first = cause or next(iter(errors.values()), None)
+    parts = [f"{len(errors)} of {len(outcomes)} items failed"]
+    if untried:
+        parts.append(f"{untried} were not tried")
+    if reason:
+        parts.append(reason)
+    text = "; ".join(parts)
+    error = BatchError(
+        f"{text}. The first error: {type(first).__name__}: {first}. Finished results are in "
+        "`.results`, errors in `.errors`, both by index."
+        if first is not None
+        else f"{text}. Finished results are in `.results` by index.",
+        results={o.index: o.value for o in outcomes if o.ok},
+        errors=errors,
+        untried=untried,
+    )
+    error.__cause__ = first
+    return error

@@ -1,0 +1,220 @@
+"""`Parallel`: many calls of programs at once, results in input order, no failure lost.
+
+Not here: how a run takes and runs its items (`concurrency/run.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sized
+from typing import Any, Literal
+
+from dspylite.concurrency.outcome import batch_error
+from dspylite.concurrency.progress import Bar, show_progress
+from dspylite.concurrency.run import Job, Limits, Progress, Run
+from dspylite.errors import InputFieldError, SettingsError
+from dspylite.runtime.settings import settings
+from dspylite.schema.records import Example
+
+OnError = Literal["raise", "return"]
+_AsJob = Callable[[int, Any], Job]
+
+
+class Parallel:
+    """Runs (program, inputs) pairs on several threads, or as several tasks with `acall`.
+
+    Every item runs in its own copy of the caller's context, with the settings fixed when the run
+    started. One `Parallel` may be used any number of times and by several threads at once.
+
+    Args:
+        num_threads: Threads (or tasks). None: `settings.num_threads`.
+        max_errors: Failures after which no further item is taken. None: `settings.max_errors`,
+            which by default has no bound, so that all items are tried.
+        access_examples: Whether an `Example` is passed by its inputs as keywords (else as it is).
+        return_failed_examples: DSPy's form of result: a triple of the results (None where an item
+            failed), the failed items and their exceptions; nothing is raised then.
+        provide_traceback: Whether failures are logged with their traceback. None: as the settings
+            say.
+        disable_progress_bar: Whether `progress=True` is overruled.
+        timeout: Accepted from DSPy programs; stragglers are never run again, so it has no effect.
+        straggler_limit: As `timeout`.
+        on_error: `"raise"` a `BatchError` that keeps all results, after all items were tried; or
+            `"return"` a list of `Outcome`.
+        timeout_s: Wall time of one item, in seconds; an item that takes longer is reported as an
+            `ItemTimeoutError` and never holds up the others. None: no bound.
+        total_timeout_s: Wall time of the whole run, in seconds. None: no bound.
+        progress: True draws a bar on stderr if that is a terminal (needs the extra `progress`); a
+            function is called as `progress(done, total, errors)` after each item.
+
+    Raises:
+        SettingsError: A number is impossible.
+
+    Example:
+        >>> double = lambda x: 2 * x
+        >>> Parallel(num_threads=2)([(double, (1,)), (double, {"x": 2})])
+        [2, 4]
+    """
+
+    def __init__(
+        self,
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        access_examples: bool = True,
+        return_failed_examples: bool = False,
+        provide_traceback: bool | None = None,
+        disable_progress_bar: bool = False,
+        timeout: float = 120,
+        straggler_limit: int = 3,
+        *,
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        for name, value in (("num_threads", num_threads), ("max_errors", max_errors)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise SettingsError(
+                    f"`{name}` must be a whole number of at least 1, not {value!r}."
+                )
+        for name, seconds in (("timeout_s", timeout_s), ("total_timeout_s", total_timeout_s)):
+            if seconds is not None and not seconds > 0:
+                raise SettingsError(f"`{name}` must be seconds above 0, not {seconds!r}.")
+        if on_error not in ("raise", "return"):
+            raise SettingsError(f'`on_error` must be "raise" or "return", not {on_error!r}.')
+        self.num_threads = num_threads
+        self.max_errors = max_errors
+        self.access_examples = access_examples
+        self.return_failed_examples = return_failed_examples
+        self.provide_traceback = provide_traceback
+        self.disable_progress_bar = disable_progress_bar
+        self.timeout = timeout
+        self.straggler_limit = straggler_limit
+        self.on_error = on_error
+        self.timeout_s = timeout_s
+        self.total_timeout_s = total_timeout_s
+        self.progress = progress
+
+    def __call__(self, exec_pairs: Iterable[Any]) -> Any:
+        """Run all pairs and wait for them on this thread.
+
+        Args:
+            exec_pairs: (program, inputs) pairs, read only as workers become free. Inputs are an
+                `Example`, a dict of keywords, a tuple or list of positional arguments, or one
+                value.
+
+        Returns:
+            The results in input order; or outcomes, or DSPy's triple, as the constructor says.
+
+        Raises:
+            BatchError: An item failed, or the input did; it keeps what finished.
+        """
+        return self._over(exec_pairs, self._pair_as_job)
+
+    forward = __call__
+
+    async def acall(self, exec_pairs: Iterable[Any] | AsyncIterable[Any]) -> Any:
+        """Run all pairs as tasks of this event loop; otherwise as `__call__`.
+
+        Modules are awaited natively; sync functions run in worker threads.
+        """
+        return await self._aover(exec_pairs, self._pair_as_job)
+
+    def over(self, program: Any, items: Iterable[Any]) -> Any:
+        """Run one program over many inputs and wait; results as `__call__` gives them."""
+        return self._over(items, lambda index, item: self._as_job(index, item, program, item))
+
+    async def aover(self, program: Any, items: Iterable[Any] | AsyncIterable[Any]) -> Any:
+        """Run one program over many inputs as tasks of this event loop."""
+        return await self._aover(
+            items, lambda index, item: self._as_job(index, item, program, item)
+        )
+
+    def _over(self, items: object, as_job: _AsJob) -> Any:
+        if not isinstance(items, Iterable):
+            form = (
+                "an async iterable; await `acall`"
+                if isinstance(items, AsyncIterable)
+                else repr(items)
+            )
+            raise InputFieldError(f"A batch needs an iterable of items, not {form}.")
+        with self._bar(items) as bar:
+            run = self._run(items, as_job, bar)
+            run.on_threads(self._width())
+        return self._result(run)
+
+    async def _aover(self, items: object, as_job: _AsJob) -> Any:
+        if not isinstance(items, Iterable | AsyncIterable):
+            raise InputFieldError(f"A batch needs an iterable of items, not {items!r}.")
+        with self._bar(items) as bar:
+            run = self._run(items, as_job, bar)
+            await run.as_tasks(self._width())
+        return self._result(run)
+
+    def _width(self) -> int:
+        return settings.num_threads if self.num_threads is None else self.num_threads
+
+    def _bar(self, items: Any) -> Bar:
+        wanted = self.progress is True and not self.disable_progress_bar
+        return show_progress(_size(items), wanted=wanted)
+
+    def _run(self, items: Any, as_job: _AsJob, bar: Bar) -> Run:
+        traceback = self.provide_traceback
+        return Run(
+            items,
+            as_job,
+            limits=Limits(
+                max_errors=settings.max_errors if self.max_errors is None else self.max_errors,
+                timeout_s=self.timeout_s,
+                total_timeout_s=self.total_timeout_s,
+            ),
+            total=_size(items),
+            progress=self.progress if callable(self.progress) else bar.update,
+            log_tracebacks=bool(settings.provide_traceback if traceback is None else traceback),
+        )
+
+    def _result(self, run: Run) -> Any:
+        outcomes = run.outcomes()
+        failed = [outcome for outcome in outcomes if not outcome.ok]
+        if run.input_error is not None:
+            reason = "the input raised an error, so nobody knows how many items it has"
+            raise batch_error(outcomes, reason=reason, cause=run.input_error)
+        if self.return_failed_examples:
+            values = [outcome.value for outcome in outcomes]
+            return values, [run.source(o.index) for o in failed], [o.error for o in failed]
+        if self.on_error == "return":
+            return outcomes
+        if failed:
+            reason = run.stop_reason and f"the batch stopped because {run.stop_reason}"
+            raise batch_error(outcomes, reason=reason, cause=None)
+        return [outcome.value for outcome in outcomes]
+
+    def _pair_as_job(self, index: int, pair: Any) -> Job:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[0]):
+            raise InputFieldError(
+                f"Item {index} must be a pair of a program and its inputs, not {pair!r:.200}; "
+                "for one program over many inputs use `program.batch(inputs)`."
+            )
+        return self._as_job(index, pair, pair[0], pair[1])
+
+    def _as_job(self, index: int, source: Any, target: Any, inputs: Any) -> Job:
+        args: tuple[Any, ...] = ()
+        kwargs: Mapping[str, Any] = {}
+        if isinstance(inputs, Example):
+            if self.access_examples:
+                kwargs = dict(inputs.inputs().items())
+            else:
+                args = (inputs,)
+        elif isinstance(inputs, Mapping):
+            kwargs = inputs
+        elif isinstance(inputs, tuple):
+            args = inputs
+        elif isinstance(inputs, list) and not isinstance(target, Parallel):
+            args = tuple(inputs)
+        else:
+            args = (inputs,)
+        return Job(index=index, source=source, target=target, args=args, kwargs=kwargs)
+
+
+def _size(items: Any) -> int | None:
+    return len(items) if isinstance(items, Sized) else None

@@ -1,0 +1,356 @@
+"""The one tree of exceptions.
+
+Each is made of plain data, so that it survives pickle, copy and a process pool. Not here: turning
+a foreign exception into one of these; that is done at the border that meets the foreign library
+(`models/translate.py` for providers).
+
+    DSPyError
+    ├── SettingsError                  also a ValueError
+    ├── SignatureError                 also a ValueError
+    ├── InputFieldError                also a TypeError
+    ├── ModuleError                    also a TypeError
+    ├── FlowError                      also a RuntimeError
+    ├── MissingExtraError              also an ImportError
+    ├── AdapterParseError              also a ValueError
+    ├── BatchError
+    ├── ItemSkippedError
+    ├── ItemTimeoutError               also a TimeoutError
+    ├── EmbeddingError
+    │   ├── EmbeddingShapeError        also a ValueError
+    │   └── EmbeddingValueError        also a ValueError
+    └── LMError
+        ├── LMConfigurationError       also a ValueError
+        │   └── LMNotConfiguredError
+        ├── LMAuthError
+        ├── LMInvalidRequestError
+        │   ├── ContextWindowExceededError
+        │   └── ContentFilterError
+        ├── LMRateLimitError           retryable
+        ├── LMServerError              retryable
+        ├── LMTimeoutError             retryable, also a TimeoutError
+        ├── LMTransportError           retryable, also a ConnectionError
+        └── LMUnexpectedError
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+MAX_MESSAGE_CHARS = 2_000
+"""Longest text kept from a provider's answer, so that an HTML error page does not fill a log."""
+
+
+class DSPyError(Exception):
+    """Base of everything dspylite raises on purpose.
+
+    Attributes of every subclass are plain data (strings, numbers, tuples, and for `BatchError` the
+    user's own results), never a client, a response or a class.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild from `args` and attributes, whatever the constructor's parameters are."""
+        return _rebuild, (type(self), self.args, _state(self))
+
+
+def _state(error: BaseException) -> dict[str, Any]:
+    state = dict(error.__dict__)
+    if notes := state.get("__notes__"):
+        state["__notes__"] = list(notes)  # a copy of the error must not share later notes
+    return state
+
+
+def _rebuild(cls: type[DSPyError], args: tuple[Any, ...], state: Mapping[str, Any]) -> DSPyError:
+    error = cls.__new__(cls, *args)
+    error.args = args  # OSError's __new__ leaves this to an __init__ that is not run here
+    error.__dict__.update(state)
+    return error
+
+
+def clip(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
+    """Shorten `text` to `limit` characters, saying how much was left out.
+
+    Example:
+        >>> clip("abcdef", 4)
+        'abcd… (2 more characters)'
+    """
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit]}… ({len(text) - limit} more characters)"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known name was probably meant, as a sentence to put at the end of a message.
+
+    Example:
+        >>> nearest("quesiton", ["question", "context"])
+        'Did you mean `question`? '
+        >>> nearest("zzz", ["question"])
+        ''
+    """
+    by_lower = {word.lower(): word for word in known}
+    matches = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
+    return f"Did you mean `{by_lower[matches[0]]}`? " if matches else ""
+
+
+class SettingsError(DSPyError, ValueError):
+    """A setting has an unknown name or an impossible value."""
+
+
+class SignatureError(DSPyError, ValueError):
+    """A signature cannot be built: it does not parse, repeats a name, or names an unknown type."""
+
+
+class InputFieldError(DSPyError, TypeError):
+    """A predictor was called with inputs its signature does not have, or without some it needs."""
+
+
+class ModuleError(DSPyError, TypeError):
+    """A module cannot run.
+
+    It has neither `forward` nor `aforward`, or returned what it must not.
+    """
+
+
+class FlowError(DSPyError, RuntimeError):
+    """Code that waits was run by a driver that cannot wait in that way."""
+
+
+class MissingExtraError(DSPyError, ImportError):
+    """An optional library is needed for what was asked; the message says what to install."""
+
+
+class AdapterParseError(DSPyError, ValueError):
+    """The model's answer cannot be read as the signature's outputs.
+
+    Attributes:
+        adapter_name: Class name of the adapter that read the answer.
+        signature: The signature as text, such as `"question -> answer: int"`.
+        lm_response: What the model wrote, clipped.
+        parsed_result: What could be read, as text; None if nothing could.
+    """
+
+    def __init__(
+        self,
+        adapter_name: str,
+        signature: object,
+        lm_response: str,
+        message: str | None = None,
+        parsed_result: object = None,
+    ) -> None:
+        self.adapter_name = adapter_name
+        self.signature = getattr(signature, "signature", None) or str(signature)
+        self.lm_response = clip(lm_response)
+        self.parsed_result = None if parsed_result is None else clip(str(parsed_result))
+        self.message = message or "The answer does not have the requested form."
+        text = (
+            f"{self.message} `{adapter_name}` read the answer for `{self.signature}`. "
+            f"The answer was: {self.lm_response!r}"
+        )
+        super().__init__(text)
+
+
+class BatchError(DSPyError):
+    """Some items of a batch failed; what finished is kept here.
+
+    The first failure (by index) is the `__cause__`.
+
+    Attributes:
+        results: Values of the items that succeeded, by index of the item.
+        errors: Exceptions of the items that failed, by index of the item.
+        untried: How many items were never started, because the batch stopped early; None when the
+            input was not read to its end, so that nobody knows.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        results: Mapping[int, Any],
+        errors: Mapping[int, BaseException],
+        untried: int | None = 0,
+    ) -> None:
+        super().__init__(message)
+        self.results = dict(results)
+        self.errors = dict(errors)
+        self.untried = untried
+
+
+class ItemSkippedError(DSPyError):
+    """An item of a batch was never started, because the batch stopped before it.
+
+    Attributes:
+        index: The item's place in the input.
+    """
+
+    def __init__(self, message: str, *, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class ItemTimeoutError(DSPyError, TimeoutError):
+    """An item of a batch took longer than it was given.
+
+    Attributes:
+        index: The item's place in the input.
+        timeout_s: What it was given, in seconds.
+    """
+
+    def __init__(self, message: str, *, index: int, timeout_s: float) -> None:
+        super().__init__(message)
+        self.index = index
+        self.timeout_s = timeout_s
+
+
+class EmbeddingError(DSPyError):
+    """An embedding function or endpoint gave something that is not one vector per text.
+
+    Attributes:
+        index: Place of the offending text in the input, where one can be named.
+    """
+
+    def __init__(self, message: str, *, index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class EmbeddingShapeError(EmbeddingError, ValueError):
+    """The number of rows is not the number of texts, or a row has another dimension."""
+
+
+class EmbeddingValueError(EmbeddingError, ValueError):
+    """A vector holds NaN, infinity, null or something that is not a number."""
+
+
+class LMError(DSPyError):
+    """A call to a language model or an embedding model failed.
+
+    Args:
+        message: What happened and what to do next.
+        code: Stable short name of the kind of failure; the class's own by default.
+        model: The model asked.
+        provider: The provider asked, where known.
+        provider_code: The provider's own name for the failure.
+        status: HTTP status, where there was one.
+        request_id: The provider's id of the request, to quote to its support.
+        retry_after: Seconds the provider asked to wait.
+    """
+
+    default_code: ClassVar[str] = "lm_error"
+    retryable: ClassVar[bool] = False
+    """Whether the same request may succeed when it is sent again."""
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        code: str | None = None,
+        model: str | None = None,
+        provider: str | None = None,
+        provider_code: str | None = None,
+        status: int | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        self.message = clip(message)
+        super().__init__(self.message)
+        self.code = code or self.default_code
+        self.model = model
+        self.provider = provider
+        self.provider_code = provider_code
+        self.status = status
+        self.request_id = request_id
+        self.retry_after = retry_after
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds the provider asked to wait; None if it did not say."""
+        return self.retry_after
+
+
+class LMConfigurationError(LMError, ValueError):
+    """An LM was made or used with parameters that cannot work."""
+
+    default_code = "configuration"
+
+
+class LMNotConfiguredError(LMConfigurationError):
+    """A program ran where no LM is in sight."""
+
+    default_code = "not_configured"
+
+
+class LMAuthError(LMError):
+    """The key is missing, wrong, or not allowed to use the model (401, 403)."""
+
+    default_code = "auth"
+
+
+class LMInvalidRequestError(LMError):
+    """The provider understood the request and refused it (400, 404, 422 and other 4xx)."""
+
+    default_code = "invalid_request"
+
+
+class ContextWindowExceededError(LMInvalidRequestError):
+    """The prompt and the answer's limit together are longer than the model can take."""
+
+    default_code = "context_window_exceeded"
+
+    def __init__(
+        self, *, model: str | None = None, message: str = "Context window exceeded", **kwargs: Any
+    ) -> None:
+        super().__init__(message, model=model, **kwargs)
+
+
+class ContentFilterError(LMInvalidRequestError):
+    """The provider's content policy refused the prompt."""
+
+    default_code = "content_filter"
+
+
+class LMRateLimitError(LMError):
+    """The provider asked to slow down (429)."""
+
+    default_code = "rate_limit"
+    retryable = True
+
+
+class LMServerError(LMError):
+    """The provider failed (5xx), or its answer could not be understood."""
+
+    default_code = "server"
+    retryable = True
+
+
+class LMTimeoutError(LMError, TimeoutError):
+    """The provider did not answer in time (408, or a local limit)."""
+
+    default_code = "timeout"
+    retryable = True
+
+
+class LMTransportError(LMError, ConnectionError):
+    """The connection could not be made or broke before the answer was complete."""
+
+    default_code = "transport"
+    retryable = True
+
+
+class LMUnexpectedError(LMError):
+    """A failure that fits no other class; its message carries the original's type and text."""
+
+    default_code = "unexpected"
+
+
+def is_retryable_lm_error(error: BaseException) -> bool:
+    """Tell whether sending the same request again may succeed.
+
+    Example:
+        >>> is_retryable_lm_error(LMRateLimitError("slow down"))
+        True
+        >>> is_retryable_lm_error(LMAuthError("bad key"))
+        False
+    """
+    return isinstance(error, LMError) and error.retryable

@@ -1,0 +1,185 @@
+"""`Embeddings`: n vectors of one dimension as a float32 block, without numpy.
+
+Not here: making them (`models/embedder.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, SupportsFloat, SupportsIndex, cast, overload
+
+from dspylite.errors import EmbeddingShapeError, EmbeddingValueError
+
+ITEM_BYTES = 4
+
+
+class Embeddings:
+    """A float32 block of shape (n, dim): row i is the vector of text i.
+
+    `np.asarray(embeddings)` shares the memory. Rows and slices share it too.
+
+    Args:
+        values: n * dim numbers, row after row, as an `array('f')` or a float32 memoryview.
+        dim: Length of one vector.
+
+    Raises:
+        EmbeddingShapeError: The number of values is no multiple of `dim`.
+
+    Example:
+        >>> block = Embeddings.from_rows([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> block.shape, block[0].tolist(), block[1:].shape
+        ((3, 2), [1.0, 0.0], (2, 2))
+    """
+
+    __slots__ = ("_dim", "_values")
+
+    def __init__(self, values: array[float] | memoryview[Any], dim: int) -> None:
+        view = cast("memoryview[float]", memoryview(values))
+        if view.format != "f" or dim < 0 or (len(view) % dim if dim else len(view)):
+            raise EmbeddingShapeError(
+                f"{len(view)} values of format {view.format!r} are not rows of {dim} float32 "
+                "numbers."
+            )
+        self._values = view
+        self._dim = dim
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Iterable[SupportsFloat]]) -> Embeddings:
+        """Build from any rows of numbers, checking each.
+
+        Raises:
+            EmbeddingShapeError: A row has another length than the first.
+            EmbeddingValueError: A value is null, NaN, infinite or no number.
+        """
+        values = array("f")
+        dim = -1
+        for index, row in enumerate(rows):
+            vector = read_vector(row, index)
+            if dim < 0:
+                dim = len(vector)
+            elif len(vector) != dim:
+                raise EmbeddingShapeError(
+                    f"The vector of text {index} has {len(vector)} dimensions, "
+                    f"the first has {dim}.",
+                    index=index,
+                )
+            values.extend(vector)
+        return cls(values, max(dim, 0))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(number of vectors, dimensions)."""
+        return len(self), self._dim
+
+    @property
+    def dim(self) -> int:
+        """Length of one vector."""
+        return self._dim
+
+    def __len__(self) -> int:
+        return len(self._values) // self._dim if self._dim else 0
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> memoryview[float]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Embeddings: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> memoryview[float] | Embeddings:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                first, end = start * self._dim, max(start, stop) * self._dim
+                return Embeddings(self._values[first:end], self._dim)
+            picked = array("f")
+            for row in range(start, stop, step):
+                picked.extend(self[row])
+            return Embeddings(picked, self._dim)
+        row = operator.index(index)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"There are {len(self)} vectors, no number {row}.")
+        row %= len(self)
+        return self._values[row * self._dim : (row + 1) * self._dim]
+
+    def __iter__(self) -> Iterator[memoryview[float]]:
+        return (self[row] for row in range(len(self)))
+
+    def tolist(self) -> list[list[float]]:
+        """Return the rows as lists of floats."""
+        return [cast("list[float]", row.tolist()) for row in self]
+
+    def tobytes(self) -> bytes:
+        """Return the block as raw float32 bytes in the machine's order."""
+        return self._values.tobytes()
+
+    def dot(self, vector: Sequence[float] | memoryview[Any]) -> list[float]:
+        """Return the dot product of each row with a vector: cosine similarity for unit vectors.
+
+        Raises:
+            EmbeddingShapeError: The vector has another dimension.
+        """
+        if len(vector) != self._dim:
+            raise EmbeddingShapeError(
+                f"A vector of {len(vector)} dimensions does not match rows of {self._dim}."
+            )
+        other = vector.tolist() if isinstance(vector, memoryview) else list(vector)
+        return [sum(map(operator.mul, row.tolist(), other)) for row in self]
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """What numpy reads to share the memory."""
+        return {"version": 3, "shape": self.shape, "typestr": "=f4", "data": self._values}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Embeddings):
+            return NotImplemented
+        return self.shape == other.shape and self._values == other._values
+
+    __hash__ = None  # type: ignore[assignment]  # the memory can change under it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as raw bytes."""
+        return _from_bytes, (self.tobytes(), self._dim)
+
+    def __repr__(self) -> str:
+        return f"Embeddings(shape={self.shape})"
+
+
+def _from_bytes(raw: bytes, dim: int) -> Embeddings:
+    values = array("f")
+    values.frombytes(raw)
+    return Embeddings(values, dim)
+
+
+def read_vector(row: Any, index: int) -> array[float]:
+    """Read one vector of numbers as float32, checking each value.
+
+    Args:
+        row: A sequence of numbers, or anything with `tolist()`.
+        index: Place of its text in the input, for the error.
+
+    Raises:
+        EmbeddingValueError: A value is null, NaN, infinite or no number.
+        EmbeddingShapeError: It is no sequence, or empty.
+    """
+    if callable(tolist := getattr(row, "tolist", None)):
+        row = tolist()
+    if isinstance(row, str | bytes) or not isinstance(row, Iterable):
+        raise EmbeddingShapeError(
+            f"The vector of text {index} is not a list of numbers: {row!r:.100}.", index=index
+        )
+    try:
+        vector = array("f", row)
+    except (TypeError, OverflowError) as error:
+        raise EmbeddingValueError(
+            f"The vector of text {index} holds something that is not a float32 number: {error}.",
+            index=index,
+        ) from None
+    if not vector:
+        raise EmbeddingShapeError(f"The vector of text {index} is empty.", index=index)
+    if not math.isfinite(math.fsum(map(abs, vector))):  # NaN and infinity survive the sum
+        raise EmbeddingValueError(f"The vector of text {index} holds NaN or infinity.", index=index)
+    return vector

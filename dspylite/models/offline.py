@@ -1,0 +1,39 @@
+"""The engine that answers without any model: `OfflineLM`'s.
+
+Not here: how it reads a prompt and picks an answer (`models/reading.py`).
+"""
+
+from __future__ import annotations
+
+from dspylite.models.reading import read_and_answer
+from dspylite.runtime.bridge import call_in_thread
+from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Usage
+
+OFFLINE_MODEL = "offline/extractive"
+
+
+class OfflineEngine:
+    """Answers from the prompt alone; equal prompts give equal answers. Usage counts words."""
+
+    __slots__ = ()
+
+    def call(self, request: LMRequest) -> LMResponse:
+        """Answer on this thread, `n` times the same."""
+        text = read_and_answer(request.messages)
+        count = max(1, int(request.params.get("n") or 1))
+        read = sum(len(str(message["content"]).split()) for message in request.messages)
+        written = len(text.split()) * count
+        return LMResponse(
+            outputs=(LMOutput(text=text, finish_reason="stop"),) * count,
+            usage=Usage(
+                prompt_tokens=read,
+                completion_tokens=written,
+                total_tokens=read + written,
+                calls=1,
+            ),
+            model=request.model,
+        )
+
+    async def acall(self, request: LMRequest) -> LMResponse:
+        """Answer in a worker thread: reading a long prompt takes milliseconds of CPU."""
+        return await call_in_thread(self.call, request)

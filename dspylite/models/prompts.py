@@ -1,0 +1,339 @@
+"""Understands a prompt: which outputs it wants, of which types and in which form, and its inputs.
+
+A prompt is read as text, like any model would. Not here: what is answered (`models/reading.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from dspylite.schema.messages import Message
+
+Form = Literal["sections", "json", "text"]
+
+END = "completed"
+"""Name of the section that ends an answer."""
+
+_NOT_GIVEN = "(not given in this example)"  # must match `adapters/base.py`
+
+_HEADER = re.compile(r"^\[\[ ## (\w+) ## \]\][ \t]*$", re.MULTILINE)
+_MARKER_LINE = re.compile(r"^([ \t]*)(\\*)(\[\[ ## )", re.MULTILINE)
+_ESCAPED_LINE = re.compile(r"^([ \t]*)\\(\\*\[\[ ## )", re.MULTILINE)
+_NAMED_SECTION = re.compile(r"`\[\[ ## (\w+) ## \]\]`")
+_NAMED_KEYS = re.compile(
+    r"\bJSON object\b[^`?\n]{0,80}(`\w+`(?:(?: \([^`()]{0,200}\))?,?(?: and| then)? `\w+`)*)"
+)
+_OUTPUTS = re.compile(r"^(?:Outputs|Your output fields are):[ \t]*$", re.MULTILINE)
+_ENTRY = re.compile(r"^(?:-|\d{1,3}\.) `(\w+)` \(", re.MULTILINE)
+_LIST_ENDS = (
+    "\n\nWrite each output below its header line",
+    "\n\nAnswer with one JSON object",
+    "\nAll interactions will be structured",
+)
+_TASK = re.compile(r"^Task: ", re.MULTILINE)
+
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
+_CHOICES_END = re.compile(
+    r"`(?=, or `null`|, (?:gt|ge|lt|le|multiple_of|min_length|max_length|pattern)=|\)(?: — |\s*\Z))"
+)
+_BOUND = re.compile(r"\s*,?\s*(gt|ge|lt|le|multiple_of|min_length|max_length|pattern)=")
+_NUMBER = re.compile(r"(?:Decimal\(')?([-+]?[\d.]{1,400}(?:e[-+]?\d{1,3})?)(?:'\))?")
+_BOUND_KEYS: Mapping[str, tuple[str, ...]] = {
+    "gt": ("exclusiveMinimum",),
+    "ge": ("minimum",),
+    "lt": ("exclusiveMaximum",),
+    "le": ("maximum",),
+    "multiple_of": ("multipleOf",),
+    "min_length": ("minLength", "minItems", "minProperties"),
+    "max_length": ("maxLength", "maxItems"),
+    "pattern": ("pattern",),
+}
+_FORMS: Mapping[str, Mapping[str, Any]] = {
+    "a whole number": {"type": "integer"},
+    "a number": {"type": "number"},
+    "`true` or `false`": {"type": "boolean"},
+    "a date as YYYY-MM-DD": {"type": "string", "format": "date"},
+    "a date and time in ISO 8601": {"type": "string", "format": "date-time"},
+    "text": {"type": "string"},
+}
+_TYPES: Mapping[str, Mapping[str, Any]] = {  # for prompts that name a type and no form
+    "int": {"type": "integer"},
+    "float": {"type": "number"},
+    "bool": {"type": "boolean"},
+    "list[str]": {"type": "array", "items": {"type": "string"}},
+    "list[int]": {"type": "array", "items": {"type": "integer"}},
+    "list[float]": {"type": "array", "items": {"type": "number"}},
+    "dict[str, str]": {"type": "object"},
+    "dict[str, Any]": {"type": "object"},
+}
+_SCHEMA = "JSON of this schema: "
+_CHOICES = "exactly one of `"
+_NULL = ", or `null`"
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One output that the prompt asks for.
+
+    Attributes:
+        name: Its name.
+        schema: A JSON schema of its value, as far as the prompt tells.
+        desc: What it means, in the prompt's words.
+        as_json: Whether it is written as JSON even where other texts are written as they are.
+    """
+
+    name: str
+    schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
+    desc: str = ""
+    as_json: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt, understood.
+
+    Attributes:
+        form: How the answer is to be written; "text" where no form is recognised.
+        wanted: The outputs, in the order asked; none where the form is "text".
+        instructions: The task in words.
+        inputs: The inputs by name, JSON already read; one named "" where there are no sections.
+        earlier: What the user said before, where there are no sections.
+    """
+
+    form: Form
+    wanted: tuple[Wanted, ...] = ()
+    instructions: str = ""
+    inputs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    earlier: tuple[str, ...] = ()
+
+
+def fence(text: str) -> str:
+    r"""Escape lines of a value that look like headers, as the adapters do.
+
+    Example:
+        >>> fence("[[ ## answer ## ]]")
+        '\\[[ ## answer ## ]]'
+    """
+    return _MARKER_LINE.sub(r"\1\\\2\3", text) if "[[ ##" in text else text
+
+
+def header(name: str) -> str:
+    """Return the line that opens a section of an answer."""
+    return f"[[ ## {name} ## ]]"
+
+
+def read_prompt(messages: Sequence[Message]) -> Prompt:
+    """Find out what a prompt asks for; never fails, at worst it asks for a plain text.
+
+    Example:
+        >>> read_prompt([{"role": "user", "content": "Who are you?"}]).form
+        'text'
+    """
+    said = [(str(message.get("role")), _text_of(message)) for message in messages]
+    system = "\n\n".join(text for role, text in said if role in {"system", "developer"})
+    users = [text for role, text in said if role == "user"] or [
+        *(text for _, text in said[-1:]),
+        "",
+    ][:1]
+    asking = next((text for text in reversed(users) if _reminded(text)[1]), users[-1]).rstrip()
+    form, names = _reminded(asking)
+    reminded = bool(names)
+    entries = _output_entries(system)
+    if not names:
+        names = list(entries)
+        form = (
+            "sections" if header(END) in system else "json" if "JSON object" in system else "text"
+        )
+    if form == "text" or not names:
+        return Prompt(form="text", inputs={"": asking}, earlier=tuple(users[:-1]))
+    task = list(_TASK.finditer(system))
+    return Prompt(
+        form=form,
+        wanted=tuple(_wanted(name, entries.get(name, ""), form) for name in names),
+        instructions=system[task[-1].end() :].strip() if task else "",
+        inputs=_read_inputs(asking, reminded=reminded),
+    )
+
+
+def _text_of(message: Message) -> str:
+    content: object = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = cast("list[object]", content) if isinstance(content, list) else []
+    texts = (
+        cast("dict[str, object]", part).get("text") for part in parts if isinstance(part, dict)
+    )
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def _reminded(text: str) -> tuple[Form, list[str]]:
+    """Read the form of the answer off the last paragraph, which says what to write."""
+    last = text[text.rfind("\n\n") + 1 :]
+    if names := [name for name in _NAMED_SECTION.findall(last) if name != END]:
+        return "sections", list(dict.fromkeys(names))
+    if keys := _NAMED_KEYS.search(last):
+        return "json", list(dict.fromkeys(re.findall(r"`(\w+)`", keys[1])))
+    return "text", []
+
+
+def _output_entries(system: str) -> dict[str, str]:
+    """Take the list of outputs apart: what stands after "- `name` (", by name."""
+    opening = _OUTPUTS.search(system)
+    if opening is None:
+        return {}
+    listed = system[opening.end() :]
+    ends = [place for mark in _LIST_ENDS if (place := listed.find(mark)) >= 0]
+    listed = listed[: min(ends, default=len(listed))]
+    marks = list(_ENTRY.finditer(listed))
+    stops = [mark.start() for mark in marks[1:]] + [len(listed)]
+    entries: dict[str, str] = {}
+    for mark, stop in zip(marks, stops, strict=True):
+        entries.setdefault(mark[1], listed[mark.end() : stop].strip())
+    return entries
+
+
+def _wanted(name: str, entry: str, form: Form) -> Wanted:
+    """Read one entry: "type: form) — desc"."""
+    type_name, rest = _split_type(entry)
+    schema, as_json, end = _read_form(type_name, rest, typed_choices=form == "json")
+    bounds, end = _read_bounds(rest, end)
+    nullable = rest.startswith(_NULL, end)
+    if nullable:
+        more, end = _read_bounds(rest, end + len(_NULL))
+        bounds |= more
+    schema = _bounded({**schema, **bounds}, bounds)
+    if nullable:
+        definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+        schema = {"anyOf": [schema, {"type": "null"}], **definitions}
+    _, _, desc = rest[end:].partition(") — ")
+    return Wanted(name=name, schema=schema, desc=desc.strip(), as_json=as_json)
+
+
+def _bounded(schema: dict[str, Any], bounds: Mapping[str, Any]) -> dict[str, Any]:
+    """Put bounds into the alternatives too, as for a decimal, which is a number or a text."""
+    if bounds and isinstance(branches := schema.get("anyOf"), list):
+        inner = [{**branch, **bounds} for branch in cast("list[dict[str, Any]]", branches)]
+        return {**schema, "anyOf": inner}
+    return schema
+
+
+def _split_type(entry: str) -> tuple[str, str]:
+    """Split "type: form) — desc" after the type, whose quoted parts may hold anything."""
+    place = depth = 0
+    while place < len(entry):
+        char = entry[place]
+        if char in "'\"" and (quoted := _QUOTED.match(entry, place)):
+            place = quoted.end()
+            continue
+        if char in "[(":
+            depth += 1
+        elif char == "]" or (char == ")" and depth):
+            depth -= 1
+        elif depth == 0 and char == ")":
+            return entry[:place], entry[place:]
+        elif depth == 0 and entry.startswith(": ", place):
+            return entry[:place], entry[place + 2 :]
+        place += 1
+    return entry, ""
+
+
+def _read_form(
+    type_name: str, rest: str, *, typed_choices: bool
+) -> tuple[dict[str, Any], bool, int]:
+    """Read the form of a value: its schema, whether it is written as JSON, and where it ends."""
+    if rest.startswith(_SCHEMA):
+        try:
+            schema, end = _DECODER.raw_decode(rest, len(_SCHEMA))
+        except (ValueError, RecursionError):
+            return {}, True, len(_SCHEMA)
+        return dict(cast("dict[str, Any]", schema)) if isinstance(schema, dict) else {}, True, end
+    if rest.startswith(_CHOICES):
+        start = len(_CHOICES)
+        closing = _CHOICES_END.search(rest, start)
+        stop = closing.start() if closing else len(rest)
+        choices: list[Any] = rest[start:stop].split("`, `")
+        end = min(stop + 1, len(rest))
+        if typed_choices and rest.startswith(_NULL, end):
+            choices = [_typed(choice, type_name) for choice in choices]
+        return {"enum": choices}, False, end
+    for form, schema in _FORMS.items():
+        if rest.startswith(form):
+            return dict(schema), False, len(form)
+    if rest.startswith("JSON"):
+        return {}, True, len("JSON")
+    schema = _TYPES.get(type_name, {"type": "string"})
+    return dict(schema), schema.get("type") in {"array", "object"}, 0
+
+
+def _typed(choice: str, type_name: str) -> Any:
+    """Give a choice as the value it is, where the type does not show it as a text."""
+    if repr(choice) in type_name:
+        return choice
+    try:
+        value = json.loads(choice)
+    except (ValueError, RecursionError):
+        return choice
+    return value if isinstance(value, int | float) else choice
+
+
+def _read_bounds(rest: str, start: int) -> tuple[dict[str, Any], int]:
+    """Read "ge=1, max_length=5, pattern='a'" into the schema's words for them."""
+    bounds: dict[str, Any] = {}
+    while found := _BOUND.match(rest, start):
+        value: object
+        if quoted := _QUOTED.match(rest, found.end()):
+            value, start = _unquote(quoted[0]), quoted.end()
+        elif number := _NUMBER.match(rest, found.end()):
+            value, start = _number(number[1]), number.end()
+        else:  # a date, say, which JSON's schema has no bound for
+            stop = re.compile(r"\)(?=,|\))|$").search(rest, found.end())
+            start = stop.end() if stop else len(rest)
+            continue
+        if value is not None:
+            bounds.update(dict.fromkeys(_BOUND_KEYS[found[1]], value))
+    return bounds, start
+
+
+def _number(text: str) -> int | float | None:
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            return None
+
+
+def _unquote(text: str) -> str:
+    """Undo Python's `repr` of a text, as far as patterns need it."""
+    return re.sub(r"\\([\\'\"])", r"\1", text[1:-1])
+
+
+def _read_inputs(content: str, *, reminded: bool) -> dict[str, Any]:
+    """Read the sections of the user's message, without the paragraph that says what to write."""
+    body = content[: max(content.rfind("\n\n"), 0)] if reminded else content
+    marks = list(_HEADER.finditer(body))
+    if not marks:
+        return {"": body} if body.strip() else {}
+    inputs: dict[str, Any] = {}
+    for mark, stop in zip(marks, [*(m.start() for m in marks[1:]), len(body)], strict=True):
+        text = body[mark.end() : stop].strip()
+        if "[[ ##" in text:
+            text = _ESCAPED_LINE.sub(r"\1\2", text)
+        if text not in {_NOT_GIVEN, "null", ""}:
+            inputs[mark[1]] = _value(text)
+    return inputs
+
+
+def _value(text: str) -> Any:
+    if text[:1] in {"[", "{"}:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+    return text

@@ -1,0 +1,236 @@
+"""The one border where a provider's failure becomes one of ours, and its answer a response.
+
+A failure is classified by its HTTP status and its shape, not by the type of the library that raised
+it. Not here: making the call (`models/litellm.py`).
+"""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from dspylite.errors import (
+    ContentFilterError,
+    ContextWindowExceededError,
+    LMAuthError,
+    LMError,
+    LMInvalidRequestError,
+    LMRateLimitError,
+    LMServerError,
+    LMTimeoutError,
+    LMTransportError,
+    LMUnexpectedError,
+)
+from dspylite.schema.messages import LMOutput, LMResponse, Usage
+
+_TIMEOUT_NAMES = re.compile(r"Timeout|TimedOut")
+_TRANSPORT_NAMES = re.compile(
+    r"APIConnection|Connect(ion)?Error|ConnectionReset|RemoteProtocol|ReadError|WriteError|"
+    r"ServerDisconnected|ClientOSError|ClientPayload|IncompleteRead|ProtocolError|BrokenPipe"
+)
+_CONTEXT_WINDOW = re.compile(
+    r"context_length_exceeded|maximum context length|context window|prompt is too long|"
+    r"input is too long|ContextWindowExceeded",
+    re.IGNORECASE,
+)
+_CONTENT_FILTER = re.compile(
+    r"content_filter|content_policy|content management policy|ContentPolicyViolation", re.IGNORECASE
+)
+_RETRY_AFTER = ("retry-after-ms", "retry-after")
+_REQUEST_ID = ("x-request-id", "request-id", "x-amzn-requestid", "apim-request-id")
+REDACTED = "[redacted]"
+
+
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """Replace known secrets in a text, also those that a server echoes back.
+
+    Example:
+        >>> redact("bad key sk-abcdefgh", ["sk-abcdefgh"])
+        'bad key [redacted]'
+    """
+    for secret in secrets:
+        if len(secret) >= MIN_SECRET_CHARS:
+            text = text.replace(secret, REDACTED)
+    return text
+
+
+MIN_SECRET_CHARS = 6
+"""Shorter "secrets" (a local server's `none`) would blot out ordinary words."""
+
+
+def translate_error(error: BaseException, *, model: str, secrets: Iterable[str] = ()) -> LMError:
+    """Turn what a provider's library raised into one of our errors.
+
+    Args:
+        error: What was raised. One of ours is returned as it is.
+        model: The model asked.
+        secrets: Strings that must not appear in the new error.
+    """
+    if isinstance(error, LMError):
+        return error
+    secrets = list(secrets)
+    headers = _headers(error)
+    status = _status(error)
+    text = redact(f"{getattr(error, 'message', None) or error}", secrets)
+    kind = _kind(error, status, text)
+    if kind in {LMTransportError, LMTimeoutError} and not getattr(error, "response", None):
+        status = None  # litellm writes 500 or 408 where there was no answer at all
+    details: dict[str, Any] = {
+        "model": model,
+        "provider": getattr(error, "llm_provider", None) or model.partition("/")[0],
+        "provider_code": _code(error),
+        "status": status,
+        "request_id": _first(headers, _REQUEST_ID) or getattr(error, "request_id", None),
+        "retry_after": retry_after_s(headers),
+    }
+    message = f"{model}: {f'HTTP {status}: ' if status else ''}{text or type(error).__name__}"
+    if kind is LMUnexpectedError:
+        message = f"{model}: {type(error).__name__}: {text}"
+    return kind(message=message, **details)
+
+
+def _kind(error: BaseException, status: int | None, text: str) -> type[LMError]:
+    names = " ".join(cls.__name__ for each in _chain(error) for cls in type(each).__mro__)
+    if _CONTEXT_WINDOW.search(text) or "ContextWindowExceeded" in names:
+        return ContextWindowExceededError
+    if status in {400, 403, None} and (_CONTENT_FILTER.search(text) or "ContentPolicy" in names):
+        return ContentFilterError
+    if status in {401, 402, 403}:
+        return LMAuthError
+    if status == 429:
+        return LMRateLimitError
+    if status == 408 or (status is None and _TIMEOUT_NAMES.search(names)):
+        return LMTimeoutError
+    if status in {None, 500} and _TRANSPORT_NAMES.search(names):
+        return LMTimeoutError if _TIMEOUT_NAMES.search(names) else LMTransportError
+    if status is None:
+        return LMUnexpectedError
+    if status >= 500 or status in {409, 425}:  # a conflict and "too early" may pass, too
+        return LMServerError
+    return LMInvalidRequestError if status >= 400 else LMUnexpectedError
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    for holder in (error, getattr(error, "response", None)):
+        status = getattr(holder, "status_code", None)
+        if isinstance(status, int):
+            return status
+        if isinstance(status, str) and status.isdecimal():
+            return int(status)
+    return None
+
+
+def _code(error: BaseException) -> str | None:
+    code = getattr(error, "code", None)
+    if code is None and isinstance(body := getattr(error, "body", None), Mapping):
+        code = body.get("code") or body.get("type")
+    return None if code is None else str(code)
+
+
+def _headers(error: BaseException) -> dict[str, str]:
+    """Collect the answer's headers from wherever a library keeps them, names in lower case."""
+    found: dict[str, str] = {}
+    for each in _chain(error):
+        for holder in (
+            getattr(each, "litellm_response_headers", None),
+            getattr(getattr(each, "response", None), "headers", None),
+            getattr(each, "headers", None),
+        ):
+            if isinstance(holder, Mapping):
+                for name, value in holder.items():
+                    plain = str(name).lower().removeprefix("llm_provider-")
+                    found.setdefault(plain, str(value))
+    return found
+
+
+def _first(headers: Mapping[str, str], names: Iterable[str]) -> str | None:
+    return next((headers[name] for name in names if name in headers), None)
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Read how long a provider asks to wait, in seconds; None if it does not say.
+
+    Understands `retry-after-ms`, and `retry-after` as seconds or as an HTTP date.
+
+    Example:
+        >>> retry_after_s({"retry-after": "1.5"}), retry_after_s({"retry-after-ms": "250"})
+        (1.5, 0.25)
+    """
+    for name in _RETRY_AFTER:
+        raw = headers.get(name)
+        if raw is None:
+            continue
+        try:
+            seconds = float(raw) / (1000 if name.endswith("-ms") else 1)
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(raw).timestamp() - time.time()
+            except (ValueError, TypeError):
+                continue
+        if not math.isnan(seconds) and seconds != float("inf"):  # a header may say anything
+            return max(0.0, seconds)
+    return None
+
+
+def read_chat_response(answer: Any, *, model: str) -> LMResponse:
+    """Read an OpenAI-shaped chat completion, object or dict.
+
+    Raises:
+        LMServerError: It has no choices, or none of them says anything at all.
+    """
+    choices = _get(answer, "choices") or []
+    request_id = _get(answer, "id")
+    if not choices:
+        raise LMServerError(
+            f"{model}: the answer has no choices.", model=model, request_id=request_id
+        )
+    outputs = tuple(_read_choice(choice) for choice in choices)
+    usage = _get(answer, "usage")
+    return LMResponse(
+        outputs=outputs,
+        usage=Usage.from_provider(_as_mapping(usage)),
+        model=_get(answer, "model") or model,
+        request_id=request_id,
+    )
+
+
+def _read_choice(choice: Any) -> LMOutput:
+    message = _get(choice, "message")
+    if message is None:  # a text completion
+        return LMOutput(
+            text=_get(choice, "text") or "", finish_reason=_get(choice, "finish_reason")
+        )
+    calls = _get(message, "tool_calls") or ()
+    return LMOutput(
+        text=_get(message, "content") or "",
+        finish_reason=_get(choice, "finish_reason"),
+        reasoning=_get(message, "reasoning_content"),
+        tool_calls=tuple(_as_mapping(call) for call in calls),
+    )
+
+
+def _get(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+
+def _as_mapping(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if callable(getattr(value, "model_dump", None)):
+        return dict(value.model_dump())
+    return dict(vars(value))

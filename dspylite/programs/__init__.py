@@ -1,0 +1,1 @@
+"""Programs: modules made of calls to models."""

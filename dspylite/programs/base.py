@@ -1,0 +1,420 @@
+"""`Module`: a program, and what one can ask of its parts.
+
+Not here: the parts that call models (`programs/predict.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, TypeVar, overload
+
+from dspylite.abc import Io, LanguageModel
+from dspylite.concurrency.outcome import Outcome
+from dspylite.concurrency.parallel import OnError, Parallel
+from dspylite.concurrency.run import Progress
+from dspylite.errors import LMConfigurationError, ModuleError
+from dspylite.runtime.calls import Observed
+from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
+from dspylite.runtime.settings import settings
+from dspylite.runtime.tracking import History, recording_in, track_usage
+from dspylite.schema.records import Outputs
+
+T = TypeVar("T")
+
+
+class Module:
+    """A program: subclass it, keep predictors and modules as attributes, define `forward`.
+
+    `forward` alone suffices: `acall` then runs it in a worker thread with its context. `aforward`
+    alone suffices too: calling the module then works from a plain thread, a worker thread and
+    inside a running event loop. With both, each is used on its own side.
+
+    Args:
+        callbacks: Told of every call of this module, after those of the settings.
+
+    Attributes:
+        callbacks: As given.
+        history: The last model calls made by this module and the modules in it.
+
+    Example:
+        >>> class Shout(Module):
+        ...     def forward(self, text: str) -> str:
+        ...         return text.upper()
+        >>> Shout()(text="hello")
+        'HELLO'
+    """
+
+    kind: ClassVar[str] = "module"
+    callbacks: Sequence[Any]
+    history: History
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Set up what every module has, also where a subclass never calls `super().__init__()`."""
+        del args, kwargs
+        module = super().__new__(cls)
+        module.callbacks = ()
+        module.history = History()
+        return module
+
+    def __init__(self, callbacks: Sequence[Any] | None = None) -> None:
+        self.callbacks = tuple(callbacks or ())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program and wait for it on this thread.
+
+        Raises:
+            ModuleError: It has neither `forward` nor `aforward`.
+        """
+        return run_flow(self.plan(BLOCKING, args, kwargs))
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program and await it.
+
+        Raises:
+            ModuleError: It has neither `forward` nor `aforward`.
+        """
+        return await self.plan(ASYNC, args, kwargs)
+
+    async def plan(self, io: Io, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the program through a driver: open a call frame, run the body, attach the usage."""
+        inputs = dict(kwargs) if not args else {"args": tuple(args), **kwargs}
+        with Observed("module", self, inputs) as call, recording_in(self.history):
+            if settings.track_usage:
+                with track_usage() as tracker:
+                    result = await self._body(io, *args, **kwargs)
+                if isinstance(result, Outputs):
+                    result.set_lm_usage(tracker.by_model)
+            else:
+                result = await self._body(io, *args, **kwargs)
+            call.outputs = result
+        return result
+
+    async def _body(self, io: Io, *args: Any, **kwargs: Any) -> Any:
+        forward = getattr(self, "forward", None)
+        aforward = getattr(self, "aforward", None)
+        if forward is not None and aforward is not None:
+            return await io.call(Both(forward, aforward), *args, **kwargs)
+        body = forward or aforward
+        if body is None:
+            raise ModuleError(
+                f"`{type(self).__name__}` has neither `forward` nor `aforward`, so it cannot be "
+                "called; define `def forward(self, ...)`."
+            )
+        return await io.any(body, *args, **kwargs)
+
+    # -- many inputs ------------------------------------------------------------------------------
+
+    # `self` as a callable: a module typed by its signature gives a list of what its call returns.
+    @overload
+    def batch(
+        self: Callable[..., T],
+        examples: Iterable[Any],
+        num_threads: int | None = ...,
+        max_errors: int | None = ...,
+        return_failed_examples: Literal[False] = ...,
+        provide_traceback: bool | None = ...,
+        disable_progress_bar: bool = ...,
+        timeout: float = ...,
+        straggler_limit: int = ...,
+        *,
+        on_error: Literal["raise"] = ...,
+        timeout_s: float | None = ...,
+        total_timeout_s: float | None = ...,
+        progress: bool | Progress = ...,
+    ) -> list[T]: ...
+
+    @overload
+    def batch(
+        self: Callable[..., T],
+        examples: Iterable[Any],
+        num_threads: int | None = ...,
+        max_errors: int | None = ...,
+        return_failed_examples: Literal[False] = ...,
+        provide_traceback: bool | None = ...,
+        disable_progress_bar: bool = ...,
+        timeout: float = ...,
+        straggler_limit: int = ...,
+        *,
+        on_error: Literal["return"],
+        timeout_s: float | None = ...,
+        total_timeout_s: float | None = ...,
+        progress: bool | Progress = ...,
+    ) -> list[Outcome[T]]: ...
+
+    @overload
+    def batch(
+        self: Callable[..., T],
+        examples: Iterable[Any],
+        num_threads: int | None = ...,
+        max_errors: int | None = ...,
+        *,
+        return_failed_examples: Literal[True],
+        provide_traceback: bool | None = ...,
+        disable_progress_bar: bool = ...,
+        timeout: float = ...,
+        straggler_limit: int = ...,
+        on_error: OnError = ...,
+        timeout_s: float | None = ...,
+        total_timeout_s: float | None = ...,
+        progress: bool | Progress = ...,
+    ) -> tuple[list[T | None], list[Any], list[BaseException]]: ...
+
+    @overload
+    def batch(
+        self,
+        examples: Iterable[Any],
+        num_threads: int | None = ...,
+        max_errors: int | None = ...,
+        return_failed_examples: bool = ...,
+        provide_traceback: bool | None = ...,
+        disable_progress_bar: bool = ...,
+        timeout: float = ...,
+        straggler_limit: int = ...,
+        *,
+        on_error: OnError = ...,
+        timeout_s: float | None = ...,
+        total_timeout_s: float | None = ...,
+        progress: bool | Progress = ...,
+    ) -> Any: ...
+
+    def batch(
+        self,
+        examples: Iterable[Any],
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        return_failed_examples: bool = False,
+        provide_traceback: bool | None = None,
+        disable_progress_bar: bool = False,
+        timeout: float = 120,
+        straggler_limit: int = 3,
+        *,
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        progress: bool | Progress = False,
+    ) -> Any:
+        """Run the program over many inputs on several threads; results in input order.
+
+        Args:
+            examples: Inputs, each an `Example` with inputs, a dict of keywords or a tuple of
+                positional arguments; read only as threads become free.
+            num_threads: Threads. None: `settings.num_threads`.
+            max_errors: As in `Parallel`.
+            return_failed_examples: As in `Parallel`.
+            provide_traceback: As in `Parallel`.
+            disable_progress_bar: As in `Parallel`.
+            timeout: Accepted from DSPy programs; no effect.
+            straggler_limit: Accepted from DSPy programs; no effect.
+            on_error: `"raise"` a `BatchError` that keeps all results, or `"return"` outcomes.
+            timeout_s: Wall time of one item, in seconds.
+            total_timeout_s: Wall time of the whole batch, in seconds.
+            progress: As in `Parallel`.
+
+        Returns:
+            One result per input, in input order.
+
+        Raises:
+            BatchError: An item failed; it keeps what finished.
+        """
+        return Parallel(
+            num_threads,
+            max_errors,
+            True,  # examples are passed by their inputs
+            return_failed_examples,
+            provide_traceback,
+            disable_progress_bar,
+            timeout,
+            straggler_limit,
+            on_error=on_error,
+            timeout_s=timeout_s,
+            total_timeout_s=total_timeout_s,
+            progress=progress,
+        ).over(self, examples)
+
+    @overload
+    async def abatch(
+        self: Callable[..., T],
+        examples: Iterable[Any] | AsyncIterable[Any],
+        num_threads: int | None = ...,
+        max_errors: int | None = ...,
+        *,
+        on_error: Literal["raise"] = ...,
+        timeout_s: float | None = ...,
+        total_timeout_s: float | None = ...,
+        progress: bool | Progress = ...,
+    ) -> list[T]: ...
+
+    @overload
+    async def abatch(
+        self: Callable[..., T],
+        examples: Iterable[Any] | AsyncIterable[Any],
+        num_threads: int | None = ...,
+        max_errors: int | None = ...,
+        *,
+        on_error: Literal["return"],
+        timeout_s: float | None = ...,
+        total_timeout_s: float | None = ...,
+        progress: bool | Progress = ...,
+    ) -> list[Outcome[T]]: ...
+
+    @overload
+    async def abatch(
+        self,
+        examples: Iterable[Any] | AsyncIterable[Any],
+        num_threads: int | None = ...,
+        max_errors: int | None = ...,
+        *,
+        on_error: OnError = ...,
+        timeout_s: float | None = ...,
+        total_timeout_s: float | None = ...,
+        progress: bool | Progress = ...,
+    ) -> Any: ...
+
+    async def abatch(
+        self,
+        examples: Iterable[Any] | AsyncIterable[Any],
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        *,
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        progress: bool | Progress = False,
+    ) -> Any:
+        """Run the program over many inputs as tasks of this event loop; otherwise as `batch`."""
+        return await Parallel(
+            num_threads,
+            max_errors,
+            on_error=on_error,
+            timeout_s=timeout_s,
+            total_timeout_s=total_timeout_s,
+            progress=progress,
+        ).aover(self, examples)
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def named_sub_modules(self) -> list[tuple[str, Module]]:
+        """Return every module inside this one with its path (`"self"` for itself), each once."""
+        return [("self", self), *((path, part) for path, part, _ in _parts(self))]
+
+    def named_predictors(self) -> list[tuple[str, Any]]:
+        """Return every predictor with its path, such as `"answer"` or `"steps[0].predict"`."""
+        found = [(path, part) for path, part, _ in _parts(self) if part.kind == "predictor"]
+        return [("self", self), *found] if self.kind == "predictor" else found
+
+    def predictors(self) -> list[Any]:
+        """Return every predictor."""
+        return [predictor for _, predictor in self.named_predictors()]
+
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        """The same as `named_predictors()`: predictors are the parts that programs tune."""
+        return self.named_predictors()
+
+    def parameters(self) -> list[Any]:
+        """The same as `predictors()`."""
+        return self.predictors()
+
+    def set_lm(self, lm: LanguageModel | None) -> None:
+        """Give every predictor in this module an LM of its own; None takes it away.
+
+        Raises:
+            LMConfigurationError: `lm` is not an LM.
+        """
+        if lm is not None and not isinstance(lm, LanguageModel):
+            # Callers without a checker come here.
+            hint = f"; write `LM({lm!r})`" if isinstance(lm, str) else ""  # type: ignore[unreachable]
+            raise LMConfigurationError(f"`set_lm` takes an LM, not {lm!r}{hint}.")
+        for predictor in self.predictors():
+            predictor.lm = lm
+
+    def get_lm(self) -> LanguageModel | None:
+        """Return the LM that all predictors share.
+
+        Raises:
+            LMConfigurationError: They have different ones, or there is no predictor.
+        """
+        lms = [predictor.lm for predictor in self.predictors()]
+        if not lms or any(lm is not lms[0] for lm in lms):
+            raise LMConfigurationError(
+                f"`{type(self).__name__}` has {len(lms)} predictors that do not share one LM; "
+                "read `predictor.lm` of each."
+            )
+        found: LanguageModel | None = lms[0]
+        return found
+
+    def map_named_predictors(self, fn: Callable[[Any], Any]) -> Self:
+        """Replace every predictor in this module by `fn(predictor)`; return the module."""
+        for _, part, replace in list(_parts(self)):
+            if part.kind == "predictor":
+                replace(fn(part))
+        return self
+
+    def deepcopy(self) -> Self:
+        """Return a copy that shares nothing that can change."""
+        return copy.deepcopy(self)
+
+    def reset_copy(self) -> Self:
+        """Return a deep copy whose predictors have no demos and no LM of their own."""
+        twin = copy.deepcopy(self)
+        for predictor in twin.predictors():
+            predictor.reset()
+        return twin
+
+    def __repr__(self) -> str:
+        parts = "".join(f"\n  {path} = {part!r}" for path, part in self.named_predictors())
+        return f"{type(self).__name__}({parts}\n)" if parts else f"{type(self).__name__}()"
+
+
+_Replace = Callable[[Any], None]
+
+
+def _parts(root: Module) -> Iterator[tuple[str, Module, _Replace]]:
+    """Walk the attributes of a module: modules, and those in lists, tuples and dicts, each once."""
+    seen = {id(root)}
+    stack: list[tuple[str, Any, _Replace]] = list(_attributes("", root))
+    while stack:
+        path, value, replace = stack.pop(0)
+        if id(value) in seen:
+            continue
+        if isinstance(value, Module):
+            seen.add(id(value))
+            yield path, value, replace
+            stack[:0] = _attributes(f"{path}.", value)
+        elif isinstance(value, dict | list | tuple):
+            seen.add(id(value))
+            stack[:0] = _items(path, value, replace)
+
+
+def _attributes(prefix: str, module: Module) -> Iterator[tuple[str, Any, _Replace]]:
+    for name, value in vars(module).items():
+        yield f"{prefix}{name}", value, _setter(vars(module), name)
+
+
+def _items(path: str, holder: Any, replace: _Replace) -> Iterator[tuple[str, Any, _Replace]]:
+    if isinstance(holder, dict):
+        for key, value in holder.items():
+            yield f"{path}[{key!r}]", value, _setter(holder, key)
+        return
+    for index, value in enumerate(holder):
+        if isinstance(holder, list):
+            yield f"{path}[{index}]", value, _setter(holder, index)
+        else:
+            yield f"{path}[{index}]", value, _tuple_setter(holder, index, replace)
+
+
+def _setter(holder: Any, key: Any) -> _Replace:
+    def replace(value: Any) -> None:
+        holder[key] = value
+
+    return replace
+
+
+def _tuple_setter(holder: tuple[Any, ...], index: int, replace_holder: _Replace) -> _Replace:
+    changed = list(holder)
+
+    def replace(value: Any) -> None:
+        changed[index] = value
+        replace_holder(tuple(changed))
+
+    return replace

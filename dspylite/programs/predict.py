@@ -1,0 +1,333 @@
+"""`Predict` and `ChainOfThought`: one question to a model, answered as a signature says.
+
+Not here: prompts and answers as text (`adapters/`), and the call to the model (`models/`).
+"""
+
+from __future__ import annotations
+
+import logging
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, overload
+
+from dspylite.abc import Adapter, Io, LanguageModel
+from dspylite.adapters.sections import ChatAdapter
+from dspylite.errors import (
+    AdapterParseError,
+    InputFieldError,
+    LMConfigurationError,
+    LMNotConfiguredError,
+    nearest,
+)
+from dspylite.programs.base import Module
+from dspylite.runtime.calls import Observed
+from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+from dspylite.runtime.settings import settings
+from dspylite.runtime.tracking import record_trace
+from dspylite.schema.messages import LMResponse, Usage
+from dspylite.schema.records import Prediction
+from dspylite.schema.signature import Field, OutputField, Signature, ensure_signature
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+S = TypeVar("S")
+
+_DEFAULT_ADAPTER = ChatAdapter()
+_OVERRIDES = ("lm", "demos", "config", "signature")
+_SAMPLING_TEMPERATURE = 0.7
+"""Used when several answers are asked for and the temperature would make them equal.
+
+DSPy's value.
+"""
+
+_NO_LM = (
+    "No LM is configured here. Write `configure(lm=LM('provider/model'))` once for the process, or "
+    "`with context(lm=...):` around the call. A plain thread or pool sees the process default "
+    "only: to carry a `context` into it use `dspylite.ThreadPoolExecutor`, `dspylite.bind(fn)`, or "
+    "`dspylite.propagate_to_threads()`. For a try without any model: `LM('offline/extractive')`."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """Everything one call needs, settled before any request goes out."""
+
+    signature: type[Signature]
+    demos: Sequence[Mapping[str, Any]]
+    inputs: Mapping[str, Any]
+    lm: LanguageModel
+    params: Mapping[str, Any]
+
+
+class Typed(Module, Generic[P, S]):
+    """A module whose inputs and outputs a type checker knows from its signature."""
+
+    if typing.TYPE_CHECKING:
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> S: ...  # noqa: D102  # Module's
+
+        async def acall(self, *args: P.args, **kwargs: P.kwargs) -> S: ...  # noqa: D102  # the same
+
+
+class Predict(Typed[P, S]):
+    """Asks a model one question in the form of a signature.
+
+    The LM is the predictor's own if it has one, else that of the settings. Statically, a class
+    signature gives the call its inputs and the result its outputs; a text signature leaves both
+    open.
+
+    Args:
+        signature: A signature class, or a text such as `"context: list[str], question -> answer"`.
+        callbacks: Told of every call, after those of the settings.
+        **config: Request parameters of this predictor (`temperature`, `n` ...).
+
+    Attributes:
+        signature: The signature class.
+        demos: Worked examples put before each question; records or dicts.
+        lm: The predictor's own LM, or None.
+        config: Request parameters of every call.
+
+    Raises:
+        SignatureError: The signature cannot be built.
+
+    Example:
+        >>> from dspylite.models.lm import OfflineLM
+        >>> from dspylite.runtime.settings import context
+        >>> with context(lm=OfflineLM()):
+        ...     Predict("context, question -> answer")(
+        ...         context="The Nile is the longest river of Africa. It flows north.",
+        ...         question="What is the longest river of Africa?",
+        ...     ).answer
+        'The Nile is the longest river of Africa.'
+    """
+
+    kind: ClassVar[str] = "predictor"
+
+    @overload
+    def __init__(
+        self: Predict[..., Prediction],
+        signature: str | Signature,
+        callbacks: Sequence[Any] | None = ...,
+        **config: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        signature: Callable[P, S],
+        callbacks: Sequence[Any] | None = ...,
+        **config: Any,
+    ) -> None: ...
+
+    def __init__(
+        self, signature: Any, callbacks: Sequence[Any] | None = None, **config: Any
+    ) -> None:
+        super().__init__(callbacks)
+        self.signature = ensure_signature(signature, config.pop("instructions", None))
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget demos, traces and the predictor's own LM."""
+        self.lm: LanguageModel | None = None
+        self.demos: list[Any] = []
+        self.traces: list[Any] = []
+        self.train: list[Any] = []
+
+    def update_config(self, **config: Any) -> None:
+        """Change request parameters of every call from now on."""
+        self.config = {**self.config, **config}
+
+    def forward(self, **inputs: Any) -> Any:
+        """Ask, without a call frame; call the predictor itself instead."""
+        return run_flow(self._body(BLOCKING, **inputs))
+
+    async def aforward(self, **inputs: Any) -> Any:
+        """Ask and await, without a call frame; use `acall` instead."""
+        return await self._body(ASYNC, **inputs)
+
+    async def _body(self, io: Io, *args: Any, **kwargs: Any) -> Any:
+        question = self._question(args, kwargs)
+        prediction = await _ask(io, question)
+        record_trace(self, question.inputs, prediction)
+        return prediction
+
+    def _question(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Question:
+        """Settle one call, finding every mistake of the caller.
+
+        Raises:
+            InputFieldError: Positional arguments, an unknown input or a missing one.
+            LMNotConfiguredError: No LM is in sight.
+        """
+        overrides = {
+            name: kwargs[name]
+            for name in _OVERRIDES
+            if name in kwargs and name not in self.signature.input_fields
+        }
+        signature = self.signature
+        if "signature" in overrides:
+            signature = ensure_signature(overrides["signature"])
+        inputs = _checked_inputs(
+            signature, args, {k: v for k, v in kwargs.items() if k not in overrides}
+        )
+        lm = _usable(overrides.get("lm") or self.lm or settings.lm)
+        params = {**self.config, **overrides.get("config", {})}
+        if (params.get("n") or 1) > 1:
+            temperature = params.get("temperature", lm.default_temperature)
+            if temperature is None or temperature <= 0.15:
+                params["temperature"] = _SAMPLING_TEMPERATURE
+        demos = overrides.get("demos", self.demos)
+        return _Question(
+            signature=signature,
+            demos=[dict(demo.items()) for demo in demos],
+            inputs=inputs,
+            lm=lm,
+            params=params,
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.signature!r})"
+
+
+class ChainOfThought(Typed[P, S]):
+    """Like `Predict`, but the model first writes its reasoning, as an output named `reasoning`.
+
+    Args:
+        signature: A signature class or text.
+        rationale_field: Another `OutputField(...)` for the reasoning.
+        rationale_field_type: Type of the reasoning.
+        **config: Request parameters.
+
+    Attributes:
+        predict: The predictor that asks.
+
+    Raises:
+        SignatureError: The signature cannot be built, or has an output named `reasoning` already.
+    """
+
+    @overload
+    def __init__(
+        self: ChainOfThought[..., Prediction],
+        signature: str | Signature,
+        rationale_field: Any = ...,
+        rationale_field_type: Any = ...,
+        **config: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        signature: Callable[P, S],
+        rationale_field: Any = ...,
+        rationale_field_type: Any = ...,
+        **config: Any,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        signature: Any,
+        rationale_field: Any = None,
+        rationale_field_type: Any = str,
+        **config: Any,
+    ) -> None:
+        super().__init__(config.pop("callbacks", None))
+        field = rationale_field or OutputField(desc="think step by step towards the other outputs")
+        extended = ensure_signature(signature).prepend("reasoning", field, rationale_field_type)
+        self.predict: Predict[..., Any] = Predict(extended, **config)
+
+    async def _body(self, io: Io, *args: Any, **kwargs: Any) -> Any:
+        return await self.predict.plan(io, args, kwargs)
+
+
+async def _ask(io: Io, question: _Question) -> Prediction:
+    """Ask through the adapter; if its answer does not parse, once more through its fallback."""
+    adapter: Adapter = settings.adapter or _DEFAULT_ADAPTER
+    responses: list[LMResponse] = []
+    try:
+        rows = await _attempt(io, adapter, question, responses)
+    except AdapterParseError as error:
+        if adapter.fallback is None:
+            raise
+        logger.debug("%s; asking again through %s", error.message, type(adapter.fallback).__name__)
+        try:
+            rows = await _attempt(io, adapter.fallback, question, responses)
+        except AdapterParseError as second:
+            raise second from error
+    prediction = Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
+    prediction.set_lm_usage({question.lm.model: sum((r.usage for r in responses), Usage())})
+    return prediction
+
+
+async def _attempt(
+    io: Io, adapter: Adapter, question: _Question, responses: list[LMResponse]
+) -> list[dict[str, Any]]:
+    signature = question.signature
+    shown = {"signature": signature, "demos": question.demos, "inputs": question.inputs}
+    with Observed("adapter_format", adapter, shown) as call:
+        messages = adapter.format(signature, question.demos, question.inputs)
+        call.outputs = messages
+    params = {**adapter.params(signature, question.lm.capabilities), **question.params}
+    response = await question.lm.plan(io, messages, params)
+    responses.append(response)
+    rows: list[dict[str, Any]] = []
+    for output in response.outputs:
+        with Observed(
+            "adapter_parse", adapter, {"signature": signature, "completion": output.text}
+        ) as call:
+            rows.append(adapter.parse(signature, output.text, finish_reason=output.finish_reason))
+            call.outputs = rows[-1]
+    return rows
+
+
+def _checked_inputs(
+    signature: type[Signature], args: Sequence[Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    fields = signature.input_fields
+    call = f"predict({', '.join(f'{name}=...' for name in fields)})"
+    if args:
+        raise InputFieldError(
+            f"Inputs are passed by name, not by position ({len(args)} given): write `{call}`."
+        )
+    for name in given:
+        if name not in fields:
+            raise InputFieldError(
+                f"`{signature.signature}` has no input `{name}`. {nearest(name, fields)}"
+                f"Write `{call}`."
+            )
+    inputs = {
+        name: given.get(name, field.default)
+        for name, field in fields.items()
+        if name in given or not field.required
+    }
+    if missing := [name for name in fields if name not in inputs]:
+        listed = ", ".join(f"`{name}`" for name in missing)
+        raise InputFieldError(f"`{signature.signature}` needs {listed} too: write `{call}`.")
+    if settings.warn_on_type_mismatch:
+        for name, value in inputs.items():
+            _warn_of_type(fields[name], value)
+    return inputs
+
+
+def _warn_of_type(field: Field, value: Any) -> None:
+    wanted = typing.get_origin(field.annotation) or field.annotation
+    if not isinstance(wanted, type) or isinstance(value, wanted):
+        return
+    if wanted is float and isinstance(value, int):
+        return
+    logger.warning(
+        "the input %r is declared as %s and got a %s; it is written into the prompt as it is",
+        field.name,
+        field.type_name,
+        type(value).__name__,
+    )
+
+
+def _usable(lm: Any) -> LanguageModel:
+    if lm is None:
+        raise LMNotConfiguredError(_NO_LM)
+    if not isinstance(lm, LanguageModel):
+        hint = f"; write `LM({lm!r})`" if isinstance(lm, str) else ""
+        raise LMConfigurationError(f"`lm` must be an LM, not {lm!r}{hint}.")
+    return lm

@@ -1,0 +1,4 @@
+"""What carries every call.
+
+Settings, the crossing of threads and loops, drivers, call frames, tracking.
+"""

@@ -1,0 +1,381 @@
+"""The settings: one process default, and an overlay per context that names only what it changes.
+
+Reads take no lock. Not here: what a setting means when it is not set; that default belongs to
+whoever reads it.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack, overload
+
+from dspylite.abc import Adapter, LanguageModel
+from dspylite.errors import SettingsError, nearest
+
+T = TypeVar("T")
+
+# Guards the read-change-swap of `_process`; never held while calling out.
+_CONFIGURE_LOCK = threading.Lock()
+_process: Mapping[str, Any] = {}  # the process default, only ever replaced whole
+_OVERLAY: ContextVar[Mapping[str, Any] | None] = ContextVar("dspylite_overlay", default=None)
+
+
+class SettingsWarning(UserWarning):
+    """A change of settings will not be seen where it was made."""
+
+
+class SettingsChanges(TypedDict, total=False):
+    """The keys of `configure` and `context`, for type checkers; must match those of `Settings`."""
+
+    lm: LanguageModel | None
+    adapter: Adapter | None
+    callbacks: list[Any] | tuple[Any, ...]
+    trace: list[Any] | None
+    track_usage: bool
+    usage_tracker: Any
+    disable_history: bool
+    max_history_size: int
+    max_trace_size: int
+    num_threads: int
+    max_errors: int | None
+    async_max_workers: int | None
+    provide_traceback: bool | None
+    warn_on_type_mismatch: bool
+    experimental: bool
+    extra: Mapping[str, Any]
+
+
+class Key(Generic[T]):
+    """One setting: its name, its value when nobody set it, and the check of a new value."""
+
+    __slots__ = ("_check", "default", "name")
+
+    def __init__(self, default: T, check: Callable[[str, Any], T]) -> None:
+        self.default = default
+        self._check = check
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, instance: Settings, owner: type) -> T: ...
+
+    def __get__(self, instance: Settings | None, owner: type) -> T | Self:
+        if instance is None:
+            return self
+        name = self.name
+        overlay = _OVERLAY.get()
+        if overlay is not None and name in overlay:
+            return overlay[name]  # type: ignore[no-any-return]  # `check` made it a T
+        value: T = _process.get(name, self.default)
+        return value
+
+    def check(self, value: Any) -> T:
+        """Return the value in its stored form.
+
+        Raises:
+            SettingsError: The value is impossible for this key.
+        """
+        return self._check(self.name, value)
+
+
+def _component(wanted: type[T], example: str) -> Callable[[str, Any], T | None]:
+    # isinstance with a Protocol costs more than the rest of `context`.
+    accepted: set[type] = {type(None)}
+
+    def check(name: str, value: Any) -> T | None:
+        if type(value) in accepted:
+            return value  # type: ignore[no-any-return]  # its type passed the check below before
+        if isinstance(value, wanted) and not isinstance(value, type):
+            accepted.add(type(value))
+            return value
+        hint = f"LM({value!r})" if name == "lm" and isinstance(value, str) else example
+        raise SettingsError(
+            f"`{name}` must be {example} or None, not {value!r}; write `{name}={hint}`."
+        )
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise SettingsError(f"`{name}` must be True or False, not {value!r}.")
+    return value
+
+
+def _optional_flag(name: str, value: Any) -> bool | None:
+    return None if value is None else _flag(name, value)
+
+
+def _at_least(least: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SettingsError(
+                f"`{name}` must be a whole number of at least {least}, not {value!r}."
+            )
+        return value
+
+    return check
+
+
+def _optional(check: Callable[[str, Any], int]) -> Callable[[str, Any], int | None]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _callbacks(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise SettingsError(
+            f"`{name}` must be a list of callbacks, not {value!r}; write `{name}=[it]`."
+        )
+    return tuple(value)  # a copy: the user's list is not shared between threads
+
+
+def _recorder(name: str, value: Any) -> list[Any] | None:
+    if value is None or isinstance(value, list):
+        return value
+    raise SettingsError(f"`{name}` must be a list to record into, or None, not {value!r}.")
+
+
+def _anything(name: str, value: Any) -> Any:  # noqa: ARG001  # the shape of a check
+    return value
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"`{name}` must be a dict of your own values, not {value!r}.")
+    return dict(value)
+
+
+class Settings:
+    """What programs read while they run: `settings.lm`, `settings.num_threads` and so on.
+
+    A read gives the value of the innermost `context` that names the key, else the process default
+    made by `configure`. There is one instance, `dspylite.settings`.
+
+    Attributes:
+        lm: The language model of predictors that have none of their own. None: calls raise.
+        adapter: Writes prompts and reads answers. None: `ChatAdapter()`.
+        callbacks: Told of every call, in this order.
+        trace: A list that receives `(predictor, inputs, prediction)` of every call; None records
+            nothing.
+        track_usage: Whether a module's prediction carries the tokens of all calls below it.
+        usage_tracker: The tracker of the innermost `track_usage()`.
+        disable_history: Whether finished calls are forgotten at once.
+        max_history_size: Most calls kept in a history.
+        max_trace_size: Most entries kept in `trace`; the oldest go first.
+        num_threads: Threads of `Parallel` and `batch`.
+        max_errors: Failures after which a batch takes no further item. None: it tries all.
+        async_max_workers: Threads that `asyncify` and sync modules awaited with `acall` may use at
+            once, per event loop. None: 40.
+        provide_traceback: Whether failures in a batch are logged with their traceback.
+        warn_on_type_mismatch: Whether an input of another type than declared gives a warning.
+        experimental: Accepted from DSPy programs; without effect.
+        extra: Your own values.
+    """
+
+    __slots__ = ()
+
+    lm = Key[LanguageModel | None](None, _component(LanguageModel, "an LM"))
+    adapter = Key[Adapter | None](None, _component(Adapter, "an adapter"))
+    callbacks = Key[tuple[Any, ...]]((), _callbacks)
+    trace = Key[list[Any] | None](None, _recorder)
+    track_usage = Key[bool](False, _flag)
+    usage_tracker = Key[Any](None, _anything)
+    disable_history = Key[bool](False, _flag)
+    max_history_size = Key[int](1_000, _at_least(0))
+    max_trace_size = Key[int](10_000, _at_least(1))
+    num_threads = Key[int](8, _at_least(1))
+    max_errors = Key[int | None](None, _optional(_at_least(1)))
+    async_max_workers = Key[int | None](None, _optional(_at_least(1)))
+    provide_traceback = Key[bool | None](None, _optional_flag)
+    warn_on_type_mismatch = Key[bool](True, _flag)
+    experimental = Key[bool](False, _flag)
+    extra = Key[Mapping[str, Any]]({}, _mapping)
+
+    def configure(self, **changes: Unpack[SettingsChanges]) -> None:
+        """Change the process default, from any thread or task, any number of times.
+
+        The last writer wins and no reader sees half of a change. A `context` around the caller that
+        names the same key keeps its own value, and the caller is warned.
+
+        Raises:
+            SettingsError: A key is unknown or a value impossible; then nothing is changed.
+        """
+        global _process  # noqa: PLW0603  # the one process default, swapped under its lock
+        checked = _checked(changes)
+        overlay = _OVERLAY.get() or {}
+        with _CONFIGURE_LOCK:
+            _process = {**_process, **checked}
+        if hidden := [name for name in checked if name in overlay]:
+            warnings.warn(
+                f"configure({', '.join(hidden)}=...) was called inside a `context` or a run that "
+                f"has its own {', '.join(f'`{name}`' for name in hidden)}: the process default is "
+                "changed, but this block keeps its value.",
+                SettingsWarning,
+                stacklevel=2,
+            )
+
+    def context(self, **changes: Unpack[SettingsChanges]) -> Overlay:
+        """Override some settings for a block, and for all work started in it.
+
+        Keys that are not named stay open: a `configure` made meanwhile is seen.
+
+        Raises:
+            SettingsError: A key is unknown or a value impossible.
+
+        Example:
+            >>> with settings.context(num_threads=3):
+            ...     settings.num_threads
+            3
+        """
+        return Overlay(_checked(changes))
+
+    def snapshot(self) -> Snapshot:
+        """Return all settings as they are here and now, for work that starts later or elsewhere."""
+        return Snapshot(values=self.copy())
+
+    def restore(self, snapshot: Snapshot) -> Overlay:
+        """Use a snapshot for a block: every key has the snapshot's value there."""
+        return Overlay({**_defaults(), **snapshot.values})
+
+    def copy(self) -> dict[str, Any]:
+        """Return all settings as a new dict."""
+        return {**_defaults(), **_process, **(_OVERLAY.get() or {})}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a setting by name, or `default` if there is no such setting."""
+        return getattr(self, name) if name in KEYS else default
+
+    def keys(self) -> Iterator[str]:
+        """Return the names of all settings."""
+        return iter(KEYS)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in KEYS:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in KEYS
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"There is no setting `{name}`. {nearest(name, KEYS)}".rstrip())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise SettingsError(
+            f"Settings are not assigned: write `configure({name}=...)` for the process, "
+            f"or `with context({name}=...):` for a block."
+        )
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={value!r}" for name, value in self.copy().items())
+        return f"Settings({inside})"
+
+
+KEYS: Mapping[str, Key[Any]] = {
+    name: value for name, value in vars(Settings).items() if isinstance(value, Key)
+}
+
+
+def _defaults() -> dict[str, Any]:
+    return {name: key.default for name, key in KEYS.items()}
+
+
+def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
+    checked: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name not in KEYS:
+            raise SettingsError(
+                f"There is no setting `{name}`. {nearest(name, KEYS)}"
+                'Values of your own go into `extra={"...": ...}`.'
+            )
+        checked[name] = KEYS[name].check(value)
+    return checked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All settings of one moment, whole.
+
+    What belongs to the process that took it (`trace`, `usage_tracker`) does not travel in a pickle.
+
+    Attributes:
+        values: Every key with its value.
+    """
+
+    values: Mapping[str, Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what only its own process can use."""
+        return {
+            name: v for name, v in self.values.items() if name not in {"trace", "usage_tracker"}
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in what did not travel."""
+        object.__setattr__(self, "values", {**_defaults(), **state})
+
+
+class Overlay:
+    """A block in which some settings differ; made by `context(...)`, entered once at a time.
+
+    Leaving it never raises, also when it is left in another context than it was entered in, as
+    frameworks do with generators that they run on a thread pool.
+    """
+
+    __slots__ = ("_changes", "_token")
+
+    def __init__(self, changes: Mapping[str, Any]) -> None:
+        self._changes = changes
+        self._token: Token[Mapping[str, Any] | None] | None = None
+
+    def __enter__(self) -> None:
+        if self._token is not None:
+            raise SettingsError(
+                "This `context(...)` is entered already; call `context(...)` again for each block."
+            )
+        outer = _OVERLAY.get()
+        self._token = _OVERLAY.set({**outer, **self._changes} if outer else self._changes)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        token, self._token = self._token, None
+        if token is not None:
+            try:
+                _OVERLAY.reset(token)
+            except ValueError:
+                pass  # left in another context: the overlay ended with the context it was set in
+
+
+def pin(values: Mapping[str, Any]) -> None:
+    """Fix settings for the rest of the current context, without check.
+
+    A run calls it inside each item's own copy of the context with the values of its snapshot, so
+    that a later `configure` never splits the run.
+    """
+    _OVERLAY.set(values)
+
+
+def overlay_with(**values: Any) -> Overlay:
+    """Like `context`, for values that need no check; the package's own use."""
+    return Overlay(values)
+
+
+settings = Settings()
+configure = settings.configure
+context = settings.context

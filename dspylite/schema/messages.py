@@ -1,0 +1,151 @@
+"""What goes to a language model and what comes back, as frozen values.
+
+Not here: how a prompt is written (`adapters/`) or sent (`models/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NotRequired, TypedDict
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Message(TypedDict):
+    """One chat message in the form every OpenAI-compatible provider takes."""
+
+    role: Role
+    content: str | list[dict[str, Any]] | None
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LMRequest:
+    """One call to a model, complete: nothing about it is looked up later.
+
+    Attributes:
+        model: Name as the provider's engine takes it, such as `"openai/gpt-4o-mini"`.
+        messages: The chat so far, in order.
+        params: Sampling and provider parameters, such as `temperature`, `max_tokens`, `n`.
+    """
+
+    model: str
+    messages: Sequence[Message]
+    params: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one or more calls, as the provider counted them.
+
+    Attributes:
+        prompt_tokens: Tokens read.
+        completion_tokens: Tokens written.
+        total_tokens: Both, unless the provider counts more (reasoning, say).
+        calls: How many answered calls are in this sum.
+        details: The provider's further counts by name, such as `"cached_tokens"`.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    calls: int = 0
+    details: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def __add__(self, other: Usage) -> Usage:
+        """Sum field by field.
+
+        Example:
+            >>> (Usage(prompt_tokens=1, calls=1) + Usage(prompt_tokens=2, calls=1)).prompt_tokens
+            3
+        """
+        details = dict(self.details)
+        for name, count in other.details.items():
+            details[name] = details.get(name, 0) + count
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            total_tokens=self.total_tokens + other.total_tokens,
+            calls=self.calls + other.calls,
+            details=details,
+        )
+
+    @classmethod
+    def from_provider(cls, raw: Mapping[str, Any] | None) -> Usage:
+        """Read the `usage` object of an OpenAI-compatible answer; what is missing counts as 0.
+
+        Example:
+            >>> Usage.from_provider({"prompt_tokens": 3, "completion_tokens": 2}).total_tokens
+            5
+        """
+        raw = raw or {}
+        prompt, completion = _count(raw, "prompt_tokens"), _count(raw, "completion_tokens")
+        details: dict[str, int] = {}
+        for group in ("prompt_tokens_details", "completion_tokens_details"):
+            for name, value in (raw.get(group) or {}).items():
+                if isinstance(value, int) and value:
+                    details[name] = details.get(name, 0) + value
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=_count(raw, "total_tokens") or prompt + completion,
+            calls=1,
+            details=details,
+        )
+
+    def as_dict(self) -> dict[str, int]:
+        """Give the counts under the provider's names, further counts included."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.total_tokens,
+            "calls": self.calls,
+            **self.details,
+        }
+
+
+def _count(raw: Mapping[str, Any], name: str) -> int:
+    value = raw.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def total_usage(parts: Iterable[Usage]) -> Usage:
+    """Sum any number of usages; none at all gives zeros."""
+    return sum(parts, Usage())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LMOutput:
+    """One of the `n` answers of a call.
+
+    Attributes:
+        text: What the model wrote; empty when it only called tools.
+        finish_reason: Why it stopped (`"stop"`, `"length"`, `"tool_calls"` ...); None if unknown.
+        reasoning: What a reasoning model wrote before its answer, where the provider shows it.
+        tool_calls: Calls the model wants made, in the provider's form.
+    """
+
+    text: str
+    finish_reason: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LMResponse:
+    """The answer to one `LMRequest`.
+
+    Attributes:
+        outputs: The `n` answers, in the provider's order; never empty.
+        usage: Tokens of this call.
+        model: The model that answered, as the provider names it.
+        request_id: The provider's id of the answer, where it gives one.
+    """
+
+    outputs: tuple[LMOutput, ...]
+    usage: Usage = field(default_factory=Usage)
+    model: str = ""
+    request_id: str | None = None

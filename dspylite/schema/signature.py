@@ -1,0 +1,490 @@
+"""The signature: which values a model is given and which it must produce, with their types.
+
+A signature is an immutable class; every edit returns a new one. Not here: how it becomes a prompt
+(`adapters/`) and how a text is read (`schema/grammar.py`).
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import FrameType, MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, dataclass_transform
+
+from dspylite.errors import SignatureError, nearest
+from dspylite.schema.grammar import REQUIRED, check_name, parse_signature, type_name
+from dspylite.schema.records import Outputs
+
+Kind = Literal["input", "output"]
+
+CONSTRAINTS = frozenset(
+    {"gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length", "pattern", "examples"}
+)
+"""What pydantic's `Field` checks or shows and a field of a signature may carry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One input or output of a signature.
+
+    Attributes:
+        name: The keyword it is passed or read by.
+        kind: `"input"` or `"output"`.
+        annotation: Its type.
+        desc: What it means, in words for the model; empty if the name says it all.
+        prefix: A label in words; made from the name unless given.
+        default: The value of an input that is not passed; `...` if it must be passed.
+        constraints: Bounds that an output must keep, as (name, value) pairs of pydantic's `Field`.
+    """
+
+    kind: Kind
+    name: str = ""
+    annotation: Any = str
+    desc: str = ""
+    prefix: str = ""
+    default: Any = REQUIRED
+    constraints: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def required(self) -> bool:
+        """Whether an input must be passed."""
+        return self.default is REQUIRED
+
+    @property
+    def type_name(self) -> str:
+        """The type as it would stand in a signature text."""
+        return type_name(self.annotation)
+
+    @property
+    def json_schema_extra(self) -> dict[str, str]:
+        """The description and prefix where DSPy programs look for them."""
+        return {"desc": self.desc, "prefix": self.prefix, "__dspy_field_type": self.kind}
+
+
+def _field(
+    kind: Kind, desc: str, prefix: str, default: Any, constraints: Mapping[str, Any]
+) -> Field:
+    for name in constraints:
+        if name not in CONSTRAINTS:
+            call = "InputField" if kind == "input" else "OutputField"
+            raise SignatureError(
+                f"`{call}` takes no `{name}`. {nearest(name, CONSTRAINTS)}"
+                f"It takes desc, prefix, default and {', '.join(sorted(CONSTRAINTS))}."
+            )
+    return Field(
+        kind=kind, desc=desc, prefix=prefix, default=default, constraints=tuple(constraints.items())
+    )
+
+
+def InputField(  # noqa: N802  # DSPy's spelling
+    *,
+    desc: str | None = None,
+    prefix: str = "",
+    default: Any = REQUIRED,
+    init: Literal[True] = True,  # noqa: ARG001  # read by type checkers: part of the constructor
+    **constraints: Any,
+) -> Any:
+    """Declare an input of a class signature.
+
+    Args:
+        desc: What it means, in words for the model.
+        prefix: A label in words; made from the name by default.
+        default: The value when it is not passed. Without one it must be passed.
+        init: For type checkers; leave it alone.
+        **constraints: Shown to the model as they are (`examples=`, `max_length=` ...).
+
+    Raises:
+        SignatureError: An unknown keyword.
+    """
+    return _field("input", desc or "", prefix, default, constraints)
+
+
+def OutputField(  # noqa: N802  # DSPy's spelling
+    *,
+    desc: str | None = None,
+    prefix: str = "",
+    init: Literal[False] = False,  # noqa: ARG001  # read by type checkers: not in the constructor
+    **constraints: Any,
+) -> Any:
+    """Declare an output of a class signature.
+
+    Args:
+        desc: What it means, in words for the model.
+        prefix: A label in words; made from the name by default.
+        init: For type checkers; leave it alone.
+        **constraints: Bounds the answer must keep: `gt`, `ge`, `lt`, `le`, `multiple_of`,
+            `min_length`, `max_length`, `pattern`. An answer outside them does not parse.
+
+    Raises:
+        SignatureError: An unknown keyword.
+    """
+    return _field("output", desc or "", prefix, REQUIRED, constraints)
+
+
+def _named(field: Field, name: str, annotation: Any) -> Field:
+    return replace(
+        field, name=name, annotation=annotation, prefix=field.prefix or infer_prefix(name)
+    )
+
+
+def _own_hints(cls: type, frame: FrameType) -> dict[str, Any]:
+    """Resolve the annotations of the class body, also those written as text.
+
+    `frame` is where the class stands; its local names serve signatures written inside a function.
+    """
+    own = inspect.get_annotations(cls)
+    if not any(isinstance(value, str) for value in own.values()):
+        return dict(own)
+    module = sys.modules.get(cls.__module__)
+    probe = type(cls.__name__, (), {"__annotations__": own, "__module__": cls.__module__})
+    names = {**(vars(module) if module else {}), **frame.f_globals, **frame.f_locals}
+    try:
+        return typing.get_type_hints(probe, globalns=names, include_extras=True)
+    except Exception as error:  # whatever the user's annotation raises is reported as ours
+        raise SignatureError(
+            f"A type of the signature `{cls.__name__}` cannot be resolved: {error}. Define it "
+            "before the signature, where its module can see it."
+        ) from error
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(InputField, OutputField))
+class SignatureMeta(type):
+    """Makes signature classes from their bodies; holds what one can ask of and do with one."""
+
+    __fields__: dict[str, Field]
+    __instructions__: str | None
+
+    def __new__(
+        mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any
+    ) -> SignatureMeta:
+        """Collect the fields of the class body, after those of its bases."""
+        own = {key: value for key, value in namespace.items() if isinstance(value, Field)}
+        body = {key: value for key, value in namespace.items() if key not in own}
+        cls = super().__new__(mcs, name, bases, body, **kwargs)
+        if "__fields__" in body:  # built from finished fields
+            return cls
+        fields: dict[str, Field] = {}
+        for base in reversed(cls.__mro__[1:]):
+            fields.update(base.__dict__.get("__fields__", {}))
+        cls.__fields__ = fields
+        # The class body's frame; `inspect.currentframe()` is the same, but may be None.
+        frame = sys._getframe(1)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        hints = _own_hints(cls, frame) if bases else {}
+        for key in hints:
+            if key not in own and not key.startswith("_"):
+                raise SignatureError(
+                    f"`{name}.{key}` is neither an input nor an output: "
+                    f"write `{key}: ... = InputField()` or `= OutputField()`."
+                )
+        for key, field in own.items():
+            check_name(key, name)
+            fields[key] = _named(field, key, hints.get(key, str))
+        doc = body.get("__doc__")
+        cls.__instructions__ = inspect.cleandoc(doc) if doc and fields else None
+        return cls
+
+    if not TYPE_CHECKING:  # checkers must see the constructor that `dataclass_transform` makes
+
+        def __call__(cls, signature=None, instructions=None, **kwargs):
+            """Make a signature from a text: `Signature("question -> answer")`."""
+            if cls is not Signature:
+                inputs = ", ".join(f"{name}=..." for name in cls.input_fields)
+                raise SignatureError(
+                    f"`{cls.__name__}` describes a call and is not called itself: "
+                    f"write `Predict({cls.__name__})({inputs})`."
+                )
+            return make_signature(signature, instructions, **kwargs)
+
+        def __instancecheck__(cls, instance):
+            """A prediction that has every output of a signature is a value of it."""
+            if cls is Signature or not isinstance(instance, Outputs):
+                return False
+            return all(name in instance for name in cls.output_fields)
+
+    @property
+    def fields(cls) -> Mapping[str, Field]:
+        """All fields by name, inputs first."""
+        return MappingProxyType({**cls.input_fields, **cls.output_fields})
+
+    @property
+    def input_fields(cls) -> Mapping[str, Field]:
+        """The inputs by name, in order."""
+        return {name: field for name, field in cls.__fields__.items() if field.kind == "input"}
+
+    @property
+    def output_fields(cls) -> Mapping[str, Field]:
+        """The outputs by name, in order."""
+        return {name: field for name, field in cls.__fields__.items() if field.kind == "output"}
+
+    @property
+    def instructions(cls) -> str:
+        """The task in words: the docstring, or a sentence made from the field names."""
+        for base in cls.__mro__:
+            if text := base.__dict__.get("__instructions__"):
+                return str(text)
+        inputs, outputs = _names(cls.input_fields), _names(cls.output_fields)
+        return f"Given {inputs}, produce {outputs}." if inputs else f"Produce {outputs}."
+
+    @property
+    def signature(cls) -> str:
+        """The field names as a signature text, such as `"context, question -> answer"`."""
+        return f"{', '.join(cls.input_fields)} -> {', '.join(cls.output_fields)}"
+
+    def with_instructions(cls, instructions: str) -> type[AnySignature]:
+        """Return a signature with other instructions."""
+        return _build(cls.__name__, tuple(cls.__fields__.values()), inspect.cleandoc(instructions))
+
+    def append_instructions(cls, text: str) -> type[AnySignature]:
+        """Return a signature whose instructions end with `text`, on a line of its own."""
+        return cls.with_instructions(f"{cls.instructions}\n{text}")
+
+    def with_updated_fields(
+        cls, name: str, type_: Any = None, *, desc: str | None = None, prefix: str | None = None
+    ) -> type[AnySignature]:
+        """Return a signature in which the field `name` has another type, description or prefix."""
+        field = cls._existing(name)
+        changed = replace(
+            field,
+            annotation=field.annotation if type_ is None else type_,
+            desc=field.desc if desc is None else desc,
+            prefix=field.prefix if prefix is None else prefix,
+        )
+        return cls._with(tuple(changed if f is field else f for f in cls.__fields__.values()))
+
+    def append(cls, name: str, field: Any, type_: Any = None) -> type[AnySignature]:
+        """Return a signature with a further field, after the others of its kind."""
+        return cls.insert(-1, name, field, type_)
+
+    def prepend(cls, name: str, field: Any, type_: Any = None) -> type[AnySignature]:
+        """Return a signature with a further field, before the others of its kind."""
+        return cls.insert(0, name, field, type_)
+
+    def insert(cls, index: int, name: str, field: Any, type_: Any = None) -> type[AnySignature]:
+        """Return a signature with a further field at a place among the others of its kind.
+
+        Args:
+            index: The place; negative counts from the end, -1 is the last place.
+            name: The new field's name.
+            field: `InputField(...)` or `OutputField(...)`.
+            type_: The new field's type; `str` by default.
+
+        Raises:
+            SignatureError: The name is taken or impossible, or there is no such place.
+        """
+        check_name(name, cls.__name__)
+        if name in cls.__fields__:
+            raise SignatureError(
+                f"`{cls.__name__}` has a field `{name}` already; choose another name."
+            )
+        if not isinstance(field, Field):
+            raise SignatureError(
+                f"`{name}` needs `InputField(...)` or `OutputField(...)`, not {field!r}."
+            )
+        inputs, outputs = list(cls.input_fields.values()), list(cls.output_fields.values())
+        kin = inputs if field.kind == "input" else outputs
+        place = index if index >= 0 else len(kin) + index + 1
+        if not 0 <= place <= len(kin):
+            raise SignatureError(f"There is no place {index} among {len(kin)} {field.kind} fields.")
+        kin.insert(place, _named(field, name, field.annotation if type_ is None else type_))
+        return cls._with((*inputs, *outputs))
+
+    def delete(cls, name: str) -> type[AnySignature]:
+        """Return a signature without the field `name`."""
+        field = cls._existing(name)
+        return cls._with(tuple(f for f in cls.__fields__.values() if f is not field))
+
+    def equals(cls, other: object) -> bool:
+        """Tell whether two signatures have the same fields in the same order and instructions."""
+        return (
+            isinstance(other, SignatureMeta)
+            and cls.instructions == other.instructions
+            and list(cls.fields.values()) == list(other.fields.values())
+        )
+
+    def __repr__(cls) -> str:
+        sides = (
+            ", ".join(f"{field.name}: {field.type_name}" for field in fields.values())
+            for fields in (cls.input_fields, cls.output_fields)
+        )
+        return f"{cls.__name__}({' -> '.join(sides)})"
+
+    def _existing(cls, name: str) -> Field:
+        try:
+            return cls.__fields__[name]
+        except KeyError:
+            raise SignatureError(
+                f"`{cls.__name__}` has no field `{name}`. {nearest(name, cls.__fields__)}"
+                f"It has: {', '.join(cls.fields)}."
+            ) from None
+
+    def _with(cls, fields: tuple[Field, ...]) -> type[AnySignature]:
+        given = next(
+            (text for b in cls.__mro__ if (text := b.__dict__.get("__instructions__"))), None
+        )
+        return _build(cls.__name__, fields, given)
+
+
+if TYPE_CHECKING:
+    _Base = Outputs  # what a call returns is a value of its signature
+else:
+    _Base = object
+
+
+class Signature(_Base, metaclass=SignatureMeta):
+    """What a model is given and what it must produce.
+
+    Write one as a class: annotated attributes made with `InputField` and `OutputField`, the
+    docstring being the instructions. `Signature("question -> answer")` makes one from text.
+
+    Example:
+        >>> class Grade(Signature):
+        ...     \"\"\"Grade the essay.\"\"\"
+        ...
+        ...     essay: str = InputField()
+        ...     mark: int = OutputField(ge=1, le=6)
+        >>> Grade.signature, Grade.instructions
+        ('essay -> mark', 'Grade the essay.')
+        >>> Signature("question -> answer: int")
+        StringSignature(question: str -> answer: int)
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class AnySignature(Signature):
+    """A signature known only at run time: for a type checker every field of it is an `Any`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def make_signature(
+    signature: str | Mapping[str, Any],
+    instructions: str | None = None,
+    signature_name: str = "StringSignature",
+    custom_types: Mapping[str, Any] | None = None,
+) -> type[AnySignature]:
+    """Make a signature from a text, or from a dict of fields.
+
+    Args:
+        signature: `"inputs -> outputs"`, or a dict from name to `(type, InputField())` or
+            `(type, OutputField())`.
+        instructions: The task in words; by default a sentence made from the field names.
+        signature_name: Name of the class made.
+        custom_types: Types of your own that the text names.
+
+    Returns:
+        A signature. Equal texts give the same class, which is safe because it never changes.
+
+    Raises:
+        SignatureError: The text does not parse, a name comes twice, or a type is unknown.
+
+    Example:
+        >>> made = make_signature("context: list[str], question -> answer")
+        >>> made.input_fields["context"].type_name
+        'list[str]'
+    """
+    if isinstance(signature, str):
+        if custom_types is None:
+            return _from_text(signature, instructions, signature_name)
+        return _build_from_text(signature, instructions, signature_name, custom_types)
+    if not isinstance(signature, Mapping):
+        raise SignatureError(
+            f"A signature is a text like 'question -> answer', a dict of fields or a class, "
+            f"not {signature!r}."
+        )
+    fields: list[Field] = []
+    for name, value in signature.items():
+        check_name(name, signature_name)
+        annotation, field = value if isinstance(value, tuple) else (str, value)
+        if not isinstance(field, Field):
+            raise SignatureError(
+                f"`{name}` needs `InputField(...)` or `OutputField(...)`, not {field!r}."
+            )
+        fields.append(_named(field, name, annotation))
+    return _build(signature_name, tuple(fields), instructions)
+
+
+def ensure_signature(signature: Any, instructions: str | None = None) -> type[Signature]:
+    """Return the signature that a user passed in any accepted form.
+
+    Raises:
+        SignatureError: It is neither a signature class nor a text nor a dict of fields.
+    """
+    if not isinstance(signature, SignatureMeta):
+        return make_signature(signature, instructions)
+    if not signature.output_fields:
+        raise SignatureError(
+            f"`{signature.__name__}` has no outputs; add one with `OutputField()`."
+        )
+    found = typing.cast("type[Signature]", signature)
+    return found if instructions is None else found.with_instructions(instructions)
+
+
+def _build_from_text(
+    text: str, instructions: str | None, name: str, custom_types: Mapping[str, Any] | None
+) -> type[AnySignature]:
+    inputs, outputs = parse_signature(text, custom_types)
+    kinds: tuple[tuple[Kind, Any], ...] = (("input", inputs), ("output", outputs))
+    fields = tuple(
+        _named(Field(kind=kind, default=parsed.default), parsed.name, parsed.annotation)
+        for kind, side in kinds
+        for parsed in side
+    )
+    return _build(name, fields, instructions and inspect.cleandoc(instructions))
+
+
+@functools.lru_cache(maxsize=1024)
+def _from_text(text: str, instructions: str | None, name: str) -> type[AnySignature]:
+    return _build_from_text(text, instructions, name, None)
+
+
+def _build(name: str, fields: tuple[Field, ...], instructions: str | None) -> type[AnySignature]:
+    body = {
+        "__fields__": {field.name: field for field in fields},
+        "__instructions__": instructions,
+        "__module__": __name__,
+        "__doc__": instructions,
+    }
+    return typing.cast("type[AnySignature]", SignatureMeta(name, (AnySignature,), body))
+
+
+def infer_prefix(attribute_name: str) -> str:
+    """Make a label in words from an attribute's name.
+
+    Example:
+        >>> infer_prefix("shortAnswer_2"), infer_prefix("html_text")
+        ('Short Answer 2:', 'Html Text:')
+    """
+    spaced = "".join(f" {char}" if char.isupper() else char for char in attribute_name)
+    words = spaced.replace("_", " ").split()
+    return " ".join(word[:1].upper() + word[1:] for word in words) + ":"
+
+
+def _names(fields: Mapping[str, Field]) -> str:
+    return ", ".join(f"`{name}`" for name in fields)
+
+
+def _reduce(cls: SignatureMeta) -> str | tuple[Callable[..., object], tuple[object, ...]]:
+    """Pickle a signature of a module by its name, and any other by its fields."""
+    name = cls.__qualname__
+    found: Any = sys.modules.get(cls.__module__)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is cls:
+        return name
+    given = next((text for b in cls.__mro__ if (text := b.__dict__.get("__instructions__"))), None)
+    return _build, (cls.__name__, tuple(cls.__fields__.values()), given)
+
+
+copyreg.pickle(SignatureMeta, _reduce)  # type: ignore[arg-type]  # typeshed knows instances only

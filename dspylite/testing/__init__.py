@@ -1,0 +1,18 @@
+"""Fakes for testing programs: a scripted LM, a scripted HTTP server, an embedder, a clock.
+
+Everything here is public and shipped to users.
+"""
+
+from dspylite.testing.clock import FakeClock
+from dspylite.testing.models import DummyLM, FakeEmbedder, FakeLM
+from dspylite.testing.server import FakeServer, RecordedRequest, Reply
+
+__all__ = [
+    "DummyLM",
+    "FakeClock",
+    "FakeEmbedder",
+    "FakeLM",
+    "FakeServer",
+    "RecordedRequest",
+    "Reply",
+]
