@@ -58,13 +58,16 @@ def _state(error: BaseException) -> dict[str, Any]:
     state = dict(error.__dict__)
     if notes := state.get("__notes__"):
         state["__notes__"] = list(notes)  # a copy of the error must not share later notes
+    if isinstance(error, ImportError):  # it keeps these outside its dict
+        state |= {"msg": error.msg, "name": error.name, "path": error.path}
     return state
 
 
 def _rebuild(cls: type[DSPyError], args: tuple[Any, ...], state: Mapping[str, Any]) -> DSPyError:
     error = cls.__new__(cls, *args)
     error.args = args  # OSError's __new__ leaves this to an __init__ that is not run here
-    error.__dict__.update(state)
+    for name, value in state.items():
+        setattr(error, name, value)
     return error
 
 
@@ -89,7 +92,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
         >>> nearest("zzz", ["question"])
         ''
     """
-    by_lower = {word.lower(): word for word in known}
+    by_lower: dict[str, str] = {}
+    for word in known:
+        by_lower.setdefault(word.lower(), word)
     matches = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
     return f"Did you mean `{by_lower[matches[0]]}`? " if matches else ""
 
@@ -143,7 +148,7 @@ class AdapterParseError(DSPyError, ValueError):
         self.signature = getattr(signature, "signature", None) or str(signature)
         self.lm_response = clip(lm_response)
         self.parsed_result = None if parsed_result is None else clip(str(parsed_result))
-        self.message = message or "The answer does not have the requested form."
+        self.message = clip(message or "The answer does not have the requested form.")
         text = (
             f"{self.message} `{adapter_name}` read the answer for `{self.signature}`. "
             f"The answer was: {self.lm_response!r}"

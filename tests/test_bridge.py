@@ -15,7 +15,7 @@ import anyio.from_thread
 import pytest
 
 import dspylite as dspy
-from dspylite.runtime.bridge import call_async, in_event_loop
+from dspylite.runtime.bridge import call_async, running_library
 
 
 async def test_asyncify_returns_what_the_program_returns() -> None:
@@ -350,9 +350,9 @@ def test_syncify_refuses_what_is_not_async() -> None:
 def test_a_thread_outside_any_loop_is_not_in_one() -> None:
     """Also a worker of a trio loop, whose context says "trio"."""
 
-    async def main() -> tuple[bool, bool]:
-        return in_event_loop(), await anyio.to_thread.run_sync(dspy.bind(in_event_loop))
+    async def main() -> tuple[str | None, str | None]:
+        return running_library(), await anyio.to_thread.run_sync(dspy.bind(running_library))
 
-    assert in_event_loop() is False
-    assert anyio.run(main, backend="trio") == (True, False)
-    assert asyncio.run(main()) == (True, False)
+    assert running_library() is None
+    assert anyio.run(main, backend="trio") == ("trio", None)
+    assert asyncio.run(main()) == ("asyncio", None)

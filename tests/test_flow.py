@@ -13,7 +13,7 @@ import pytest
 
 import dspylite as dspy
 from dspylite.abc import Io
-from dspylite.runtime.bridge import in_event_loop
+from dspylite.runtime.bridge import running_library
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
 from dspylite.runtime.gates import Places
 from dspylite.testing import FakeClock
@@ -169,12 +169,12 @@ def test_the_real_clock_really_waits(drive: Callable[[Plan], Any]) -> None:
 def test_the_blocking_driver_has_no_event_loop() -> None:
     """Sync programs pay for no loop and cannot hang on one."""
 
-    async def plan(io: Io) -> bool:
-        return in_event_loop()
+    async def plan(io: Io) -> str | None:
+        return running_library()
 
-    assert on_a_plain_thread(plan) is False
-    assert on_asyncio(plan) is True
-    assert on_trio(plan) is True
+    assert on_a_plain_thread(plan) is None
+    assert on_asyncio(plan) == "asyncio"
+    assert on_trio(plan) == "trio"
 
 
 def test_a_plan_that_awaits_past_its_io_fails_by_name() -> None:

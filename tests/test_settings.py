@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -88,33 +89,46 @@ def test_concurrent_configures_never_show_half_of_a_change() -> None:
 
     writers = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     reader = threading.Thread(target=read)
-    for thread in (*writers, reader):
-        thread.start()
-    for thread in writers:
-        thread.join()
-    stop.set()
-    reader.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns thousands of times as often as usual
+    try:
+        for thread in (*writers, reader):
+            thread.start()
+        for thread in writers:
+            thread.join()
+        stop.set()
+        reader.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert torn == []
 
 
 def test_concurrent_configures_of_different_keys_are_all_kept() -> None:
     """A swap under the lock loses no other thread's key."""
     start = threading.Barrier(2)
+    lost: list[str] = []
 
-    def configure(**changes: int) -> None:
+    def configure(key: str) -> None:
         start.wait()
-        for _ in range(200):
-            dspy.configure(**changes)  # type: ignore[arg-type]
+        for value in range(1, 2_000):
+            dspy.configure(**{key: value})  # type: ignore[arg-type]
+            if dspy.settings[key] != value:  # nobody else writes this key
+                lost.append(key)
 
     threads = [
-        threading.Thread(target=configure, kwargs={"num_threads": 5}),
-        threading.Thread(target=configure, kwargs={"max_history_size": 7}),
+        threading.Thread(target=configure, args=("num_threads",)),
+        threading.Thread(target=configure, args=("max_history_size",)),
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (dspy.settings.num_threads, dspy.settings.max_history_size) == (5, 7)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert lost == []
 
 
 def test_a_configure_inside_a_context_is_visible_at_once_for_other_keys() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from dspylite.errors import BatchError, ItemSkippedError
 from dspylite.schema.messages import Usage
@@ -46,7 +46,7 @@ class Outcome(Generic[T]):
         """
         if self.error is not None:
             raise self.error
-        return self.value  # type: ignore[return-value]  # a T whenever there is no error
+        return cast("T", self.value)  # a T whenever there is no error
 
 
 def skipped(index: int, reason: str) -> Outcome[Any]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import anyio
 
@@ -303,7 +303,7 @@ class Run:
             if self._closed():
                 return None
             try:
-                source = next(self._iterator)  # type: ignore[arg-type]  # only async inputs are not
+                source = next(cast("Iterator[Any]", self._iterator))  # async inputs go by `_atake`
             except StopIteration:
                 self._end_of_input()
                 return None

@@ -138,7 +138,8 @@ class Embeddings:
             return NotImplemented
         return self.shape == other.shape and self._values == other._values
 
-    __hash__ = None  # type: ignore[assignment]  # the memory can change under it
+    # The memory can change under a hash.
+    __hash__ = None  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as raw bytes."""

@@ -5,7 +5,9 @@ Not here: what a sentence is (`models/sentences.py`), nor what is asked (`models
 
 from __future__ import annotations
 
+import functools
 import heapq
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -13,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dspylite.models.sentences import LABEL, Passage, Span, read_spans, stem, terms
+
+MAX_SPANS = 20_000
+"""Sentences read; about 2 MB of prose, and later ones are not seen."""
 
 _K1, _B = 1.2, 0.5  # BM25's usual saturation; less length normalisation, as sentences are all short
 _HEADING_SHARE, _BEFORE_SHARE, _PASSAGE_SHARE = 0.3, 0.3, 0.25  # guessed, tried on our own pages
@@ -96,16 +101,18 @@ class Evidence:
 
     def __init__(self, passages: Sequence[Passage]) -> None:
         self.passages = passages
-        self.spans = [span for i, passage in enumerate(passages) for span in read_spans(passage, i)]
+        spans = (span for i, passage in enumerate(passages) for span in read_spans(passage, i))
+        self.spans = list(itertools.islice(spans, MAX_SPANS))
         self.labels: dict[tuple[str, ...], str] = {}
         self._postings: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
         self._lengths: list[int] = []
+        read_about = functools.cache(terms)  # headings stand above many sentences
         for place, span in enumerate(self.spans):
             own = terms(span.text)
             self._lengths.append(len(own))
             weights: dict[str, float] = dict(Counter(own))
             for share, text in ((_HEADING_SHARE, span.about), (_BEFORE_SHARE, span.before)):
-                for term in terms(text) if text else ():
+                for term in read_about(text) if text else ():
                     weights.setdefault(term, share)
             for term, weight in weights.items():
                 self._postings[term].append((place, weight))

@@ -6,15 +6,15 @@ litellm's own retries are off: one request is one request. Not here: policies ar
 
 from __future__ import annotations
 
-import asyncio  # litellm's async form needs asyncio; elsewhere the sync form runs in a thread
 import os
+import sys
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dspylite.models.translate import read_chat_response, redact, translate_error
-from dspylite.runtime.bridge import call_in_thread
+from dspylite.models.translate import read_chat_response, shows_secret, translate_error
+from dspylite.runtime.bridge import call_in_thread, running_library
 from dspylite.schema.messages import LMRequest, LMResponse, Usage
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -41,36 +41,30 @@ def load_litellm() -> Any:
     return _loaded[0]
 
 
-def on_asyncio() -> bool:
-    """Tell whether this thread runs an asyncio loop (and not trio or none)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _secrets(arguments: Mapping[str, Any]) -> list[str]:
     """Return every string that no error may show: the call's own and the environment's."""
     found = [arguments.get("api_key")]
-    for name in ("headers", "extra_headers", "default_headers"):
-        found += dict(arguments.get(name) or {}).values()
     found += [value for name, value in os.environ.items() if name.endswith("_API_KEY")]
-    return [secret for secret in found if isinstance(secret, str)]
+    for name in ("headers", "extra_headers", "default_headers"):
+        for value in dict(arguments.get(name) or {}).values():
+            found += [value, str(value).partition(" ")[2]]  # "Bearer" is no part of the secret
+    # A key read from a file may end in a line break, with which nobody would quote it.
+    return [secret.strip() for secret in found if isinstance(secret, str)]
 
 
 @contextmanager
 def _border(arguments: Mapping[str, Any]) -> Generator[None, None, None]:
     """Let every failure of the block leave as one of ours."""
+    handled = sys.exception()
     try:
         yield
     except Exception as error:  # the border: what a provider's library raises is translated here
         secrets = _secrets(arguments)
-        ours = translate_error(error, model=arguments["model"], secrets=secrets)
+        ours = translate_error(error, model=arguments["model"], secrets=secrets, handled=handled)
         if ours is error:
             raise
-        # A cause is printed with the traceback; one that holds a key must not be.
-        raise ours from (error if redact(str(error), secrets) == str(error) else None)
+        # Causes are printed with the traceback; where one holds a key, none must be.
+        raise ours from (None if shows_secret(error, secrets) else error)
 
 
 def _arguments(model: str, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,13 +97,22 @@ class LiteLLMChat:
         Raises:
             LMError: Of the class that fits the failure.
         """
-        if not on_asyncio():
+        if running_library() != "asyncio":  # litellm's async form knows no other
             return await call_in_thread(self.call, request)
         arguments = _arguments(request.model, request.params)
         with _border(arguments):
             litellm = await _load_without_blocking()
             answer = await litellm.acompletion(messages=list(request.messages), **arguments)
             return read_chat_response(answer, model=request.model)
+
+
+class _NoRetries(int):
+    """A 0 that counts as given: litellm's embedding reads `max_retries or 2`."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return True
 
 
 class LiteLLMEmbedding:
@@ -127,7 +130,7 @@ class LiteLLMEmbedding:
         Raises:
             LMError: Of the class that fits the failure.
         """
-        arguments = _arguments(self.model, self.params)
+        arguments = self._arguments()
         with _border(arguments):
             return _read_rows(load_litellm().embedding(input=list(texts), **arguments))
 
@@ -137,12 +140,15 @@ class LiteLLMEmbedding:
         Raises:
             LMError: Of the class that fits the failure.
         """
-        if not on_asyncio():
+        if running_library() != "asyncio":  # litellm's async form knows no other
             return await call_in_thread(self.call, texts)
-        arguments = _arguments(self.model, self.params)
+        arguments = self._arguments()
         with _border(arguments):
             litellm = await _load_without_blocking()
             return _read_rows(await litellm.aembedding(input=list(texts), **arguments))
+
+    def _arguments(self) -> dict[str, Any]:
+        return _arguments(self.model, self.params) | {"max_retries": _NoRetries()}
 
 
 async def _load_without_blocking() -> Any:

@@ -10,7 +10,7 @@ import email.utils
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dspylite.errors import (
@@ -52,7 +52,7 @@ def redact(text: str, secrets: Iterable[str]) -> str:
         >>> redact("bad key sk-abcdefgh", ["sk-abcdefgh"])
         'bad key [redacted]'
     """
-    for secret in secrets:
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be the start of another
         if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, REDACTED)
     return text
@@ -62,29 +62,46 @@ MIN_SECRET_CHARS = 6
 """Shorter "secrets" (a local server's `none`) would blot out ordinary words."""
 
 
-def translate_error(error: BaseException, *, model: str, secrets: Iterable[str] = ()) -> LMError:
+def shows_secret(error: BaseException, secrets: Sequence[str]) -> bool:
+    """Tell whether an exception, or one that would be printed with it, holds a secret."""
+    texts = [str(each) for each in _chain(error)]
+    return any(redact(text, secrets) != text for text in texts)
+
+
+def translate_error(
+    error: BaseException,
+    *,
+    model: str,
+    secrets: Iterable[str] = (),
+    handled: BaseException | None = None,
+) -> LMError:
     """Turn what a provider's library raised into one of our errors.
 
     Args:
         error: What was raised. One of ours is returned as it is.
         model: The model asked.
         secrets: Strings that must not appear in the new error.
+        handled: What the caller was handling when it made the call; that is another failure, whose
+            headers and class say nothing about this one.
     """
     if isinstance(error, LMError):
         return error
     secrets = list(secrets)
-    headers = _headers(error)
+    links = list(_chain(error, until=handled))
+    headers = _headers(links)
     status = _status(error)
+    code = redact(_code(error) or "", secrets) or None
     text = redact(f"{getattr(error, 'message', None) or error}", secrets)
-    kind = _kind(error, status, text)
-    if kind in {LMTransportError, LMTimeoutError} and not getattr(error, "response", None):
-        status = None  # litellm writes 500 or 408 where there was no answer at all
+    kind = _kind(links, status, f"{text} {code}")
+    if status in {408, 500} and not headers:
+        status = None  # litellm writes these where there was no answer, or none that it understood
+    request_id = _first(headers, _REQUEST_ID) or getattr(error, "request_id", None)
     details: dict[str, Any] = {
         "model": model,
         "provider": getattr(error, "llm_provider", None) or model.partition("/")[0],
-        "provider_code": _code(error),
+        "provider_code": code,
         "status": status,
-        "request_id": _first(headers, _REQUEST_ID) or getattr(error, "request_id", None),
+        "request_id": None if request_id is None else redact(str(request_id), secrets),
         "retry_after": retry_after_s(headers),
     }
     message = f"{model}: {f'HTTP {status}: ' if status else ''}{text or type(error).__name__}"
@@ -93,8 +110,8 @@ def translate_error(error: BaseException, *, model: str, secrets: Iterable[str] 
     return kind(message=message, **details)
 
 
-def _kind(error: BaseException, status: int | None, text: str) -> type[LMError]:
-    names = " ".join(cls.__name__ for each in _chain(error) for cls in type(each).__mro__)
+def _kind(links: Sequence[BaseException], status: int | None, text: str) -> type[LMError]:
+    names = " ".join(cls.__name__ for each in links for cls in type(each).__mro__)
     if _CONTEXT_WINDOW.search(text) or "ContextWindowExceeded" in names:
         return ContextWindowExceededError
     if status in {400, 403, None} and (_CONTENT_FILTER.search(text) or "ContentPolicy" in names):
@@ -114,8 +131,8 @@ def _kind(error: BaseException, status: int | None, text: str) -> type[LMError]:
     return LMInvalidRequestError if status >= 400 else LMUnexpectedError
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
+def _chain(error: BaseException, until: BaseException | None = None) -> Iterator[BaseException]:
+    seen = {id(until)}
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
@@ -140,10 +157,10 @@ def _code(error: BaseException) -> str | None:
     return None if code is None else str(code)
 
 
-def _headers(error: BaseException) -> dict[str, str]:
+def _headers(links: Sequence[BaseException]) -> dict[str, str]:
     """Collect the answer's headers from wherever a library keeps them, names in lower case."""
     found: dict[str, str] = {}
-    for each in _chain(error):
+    for each in links:
         for holder in (
             getattr(each, "litellm_response_headers", None),
             getattr(getattr(each, "response", None), "headers", None),

@@ -27,7 +27,13 @@ from dspylite.runtime.settings import settings
 from dspylite.runtime.tracking import record_trace
 from dspylite.schema.messages import LMResponse, Usage
 from dspylite.schema.records import Prediction
-from dspylite.schema.signature import Field, OutputField, Signature, ensure_signature
+from dspylite.schema.signature import (
+    AnySignature,
+    Field,
+    OutputField,
+    Signature,
+    ensure_signature,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +114,7 @@ class Predict(Typed[P, S]):
     @overload
     def __init__(
         self: Predict[..., Prediction],
-        signature: str | Signature,
+        signature: str | Signature | type[AnySignature],
         callbacks: Sequence[Any] | None = ...,
         **config: Any,
     ) -> None: ...
@@ -210,7 +216,7 @@ class ChainOfThought(Typed[P, S]):
     @overload
     def __init__(
         self: ChainOfThought[..., Prediction],
-        signature: str | Signature,
+        signature: str | Signature | type[AnySignature],
         rationale_field: Any = ...,
         rationale_field_type: Any = ...,
         **config: Any,

@@ -6,15 +6,14 @@ No event loop is ever patched. Not here: carrying the context between threads of
 
 from __future__ import annotations
 
-import asyncio  # the loop that runs a user's async code for a caller that has none
-import os
+import functools
 import sys
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -85,63 +84,32 @@ def _hold_and_call(fn: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T]:
     return (fn(*args, **kwargs),)  # boxed: trio refuses a thread's result that is a coroutine
 
 
-class _ThreadLoop:
-    """The event loop of one thread that runs async code without being in a loop.
+def running_library() -> str | None:
+    """Tell which library runs an event loop on this thread right now.
 
-    Closed with the thread.
+    Returns:
+        `"asyncio"`, `"trio"`, or None where no loop runs.
     """
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._pid = os.getpid()
-
-    def usable(self) -> bool:
-        return self._pid == os.getpid() and not self._loop.is_closed()
-
-    def run(self, fn: Callable[..., Awaitable[T]]) -> T:
-        task = self._loop.create_task(_await(fn))
+    asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
+    # Another thread may be importing them at this moment; a half-made module runs no loop either.
+    get_running_loop = getattr(asyncio, "get_running_loop", None)
+    in_trio_run = getattr(getattr(trio, "lowlevel", None), "in_trio_run", None)
+    if get_running_loop is not None:
         try:
-            return self._loop.run_until_complete(task)
-        finally:  # also after KeyboardInterrupt: nothing stays behind for the next call
-            self._cancel_rest()
-
-    def _cancel_rest(self) -> None:
-        if rest := asyncio.all_tasks(self._loop):
-            for task in rest:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
-
-    def __del__(self) -> None:
-        if self.usable() and not self._loop.is_running():
-            self._loop.close()
+            get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            return "asyncio"
+    return "trio" if in_trio_run is not None and in_trio_run() else None
 
 
-async def _await(fn: Callable[..., Awaitable[T]]) -> T:
-    return await fn()
+@functools.cache
+def _load_thread_loops() -> Any:
+    # Loads asyncio, which costs a third of the time that importing this package takes without it.
+    from dspylite.runtime import thread_loops  # noqa: PLC0415
 
-
-_LOCAL = threading.local()
-_INHERITED: list[_ThreadLoop] = []
-"""Loops of a parent process: closing one would take the parent's sockets out of its selector."""
-
-
-def _run_on_thread_loop(fn: Callable[..., Awaitable[T]]) -> T:
-    loop: _ThreadLoop | None = getattr(_LOCAL, "loop", None)
-    if loop is None or not loop.usable():
-        if loop is not None:
-            _INHERITED.append(loop)
-        loop = _LOCAL.loop = _ThreadLoop()
-    return loop.run(fn)
-
-
-def in_event_loop() -> bool:
-    """Tell whether this thread is running an event loop of any kind right now."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        trio = sys.modules.get("trio")
-        return trio is not None and bool(trio.lowlevel.in_trio_run())
-    return True
+    return thread_loops
 
 
 def call_async(fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -153,12 +121,13 @@ def call_async(fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwar
     Either way it sees the caller's context.
     """
     call = partial(fn, *args, **kwargs)
-    if not in_event_loop():
-        return _run_on_thread_loop(call)
+    run = _load_thread_loops().run_on_thread_loop
+    if running_library() is None:
+        return cast("T", run(call))
     result: Future[T] = Future()
     context = carried_context()
     thread = threading.Thread(
-        target=_deliver, args=(result, partial(context.run, _run_on_thread_loop, call)), daemon=True
+        target=_deliver, args=(result, partial(context.run, run, call)), daemon=True
     )
     thread.start()
     return result.result()

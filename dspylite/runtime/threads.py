@@ -24,7 +24,7 @@ from collections.abc import (
 )
 from contextvars import Context, copy_context
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from dspylite.errors import InputFieldError
 
@@ -115,7 +115,7 @@ def bind(fn: Callable[P, T]) -> Callable[P, T]:
             coroutine: Any = context.run(fn, *args, **kwargs)
             return await InContext(coroutine, context)
 
-        return bound_async  # type: ignore[return-value]  # P and T of an async function are its own
+        return cast("Callable[P, T]", bound_async)  # the T of an async function is a coroutine
 
     @functools.wraps(fn)
     def bound(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -154,10 +154,10 @@ def bind_iter(iterable: Any) -> Any:
 
 def _bound_steps(iterable: Iterable[T], context: Context) -> Iterator[T]:
     iterator = context.run(iter, iterable)
-    end = object()
+    end = cast("Any", object())
     try:
         while (item := context.run(next, iterator, end)) is not end:
-            yield item  # type: ignore[misc]  # not the end marker
+            yield item
     finally:
         if close := getattr(iterator, "close", None):
             context.run(close)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dspylite.errors import SignatureError, nearest
+from dspylite.errors import SignatureError, clip, nearest
 
 MAX_CHARS = 20_000
 """Longest signature text; far above what a person writes, low enough to parse in a moment."""
@@ -91,27 +91,35 @@ def parse_signature(
         >>> outputs[0].annotation
         list[str]
     """
-    sides = _parse_text(text)
-    names: dict[str, Any] = {**KNOWN_TYPES, **(custom_types or {})}
+    try:
+        return _read(text, {**KNOWN_TYPES, **(custom_types or {})})
+    except RecursionError:  # a chain of operators or dots nests without any bracket
+        raise SignatureError(f"`{_shown(text)}` nests deeper than a signature can.") from None
+
+
+def _read(
+    text: str, names: Mapping[str, Any]
+) -> tuple[tuple[ParsedField, ...], tuple[ParsedField, ...]]:
+    sides, where = _parse_text(text), _shown(text)
     seen: set[str] = set()
     parsed: list[tuple[ParsedField, ...]] = []
     for arguments, defaults in sides:
         fields: list[ParsedField] = []
         for argument, default in zip(arguments, defaults, strict=True):
-            check_name(argument.arg, text)
+            check_name(argument.arg, where)
             if argument.arg in seen:
                 raise SignatureError(
-                    f"The field `{argument.arg}` comes twice in `{text}`; give each field its own "
-                    "name."
+                    f"The field `{_shown(argument.arg)}` comes twice in `{where}`; "
+                    "give each field its own name."
                 )
             seen.add(argument.arg)
             node = argument.annotation
             fields.append(
                 ParsedField(
                     name=argument.arg,
-                    annotation=str if node is None else _resolve(node, names, text),
+                    annotation=str if node is None else _resolve(node, names, where),
                     typed=node is not None,
-                    default=REQUIRED if default is None else _default(default, text),
+                    default=REQUIRED if default is None else _default(default, where),
                 )
             )
         parsed.append(tuple(fields))
@@ -119,7 +127,7 @@ def parse_signature(
     for field in outputs:
         if field.default is not REQUIRED:
             raise SignatureError(
-                f"The output `{field.name}` has a default in `{text}`; only inputs can have one."
+                f"The output `{field.name}` has a default in `{where}`; only inputs can have one."
             )
     return inputs, outputs
 
@@ -132,9 +140,14 @@ def check_name(name: str, where: str) -> None:
     """
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
         raise SignatureError(
-            f"`{name}` cannot be the name of a field (in `{where}`): use a Python identifier that "
-            "is no keyword and does not start with an underscore."
+            f"`{_shown(name)}` cannot be the name of a field (in `{where}`): use a Python identifier "
+            "that is no keyword and does not start with an underscore."
         )
+
+
+def _shown(piece: str) -> str:
+    """Make a piece of a signature text short and printable, to be quoted in a message."""
+    return clip(piece.strip(), 400).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -143,15 +156,15 @@ def _parse_text(
 ) -> tuple[tuple[tuple[ast.arg, ...], tuple[ast.expr | None, ...]], ...]:
     if len(text) > MAX_CHARS:
         raise SignatureError(f"A signature of {len(text)} characters is too long ({MAX_CHARS}).")
-    sides = _split_arrow(text)
+    sides, where = _split_arrow(text), _shown(text)
     if len(sides) != 2:
         raise SignatureError(
-            f"`{text}` has {len(sides) - 1} arrows; write it as `inputs -> outputs`, "
+            f"`{where}` has {len(sides) - 1} arrows; write it as `inputs -> outputs`, "
             "for example `question -> answer`."
         )
-    parsed = tuple(_parse_side(side, text) for side in sides)
+    parsed = tuple(_parse_side(side, where) for side in sides)
     if not parsed[1][0]:
-        raise SignatureError(f"`{text}` names no output; write one after the arrow.")
+        raise SignatureError(f"`{where}` names no output; write one after the arrow.")
     return parsed
 
 
@@ -173,18 +186,18 @@ def _split_arrow(text: str) -> list[str]:
         elif char in "])":
             depth -= 1
         elif char == "#":
-            raise SignatureError(f"`{text}` has a `#`; a signature text holds no comments.")
+            raise SignatureError(f"`{_shown(text)}` has a `#`; a signature text holds no comments.")
         elif depth == 0 and text.startswith("->", index):
             sides.append(text[start:index])
             index += 1
             start = index + 1
         if not 0 <= depth <= MAX_DEPTH:
             raise SignatureError(
-                f"The brackets of `{text}` do not match, or nest deeper than {MAX_DEPTH}."
+                f"The brackets of `{_shown(text)}` do not match, or nest deeper than {MAX_DEPTH}."
             )
         index += 1
     if depth or quote:
-        raise SignatureError(f"A bracket or quote of `{text}` is never closed.")
+        raise SignatureError(f"A bracket or quote of `{_shown(text)}` is never closed.")
     sides.append(text[start:])
     return sides
 
@@ -195,7 +208,7 @@ def _parse_side(side: str, text: str) -> tuple[tuple[ast.arg, ...], tuple[ast.ex
             tree = ast.parse(f"def signature({side}\n): pass")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SignatureError(
-            f"`{side.strip()}` in `{text}` does not parse ({error}); write fields as "
+            f"`{_shown(side)}` in `{text}` does not parse ({error}); write fields as "
             "`name` or `name: type`, separated by commas."
         ) from None
     match tree.body:
@@ -211,7 +224,7 @@ def _parse_side(side: str, text: str) -> tuple[tuple[ast.arg, ...], tuple[ast.ex
             return tuple(arguments), (*missing, *found.defaults)
         case _:
             raise SignatureError(
-                f"`{side.strip()}` in `{text}` is more than a list of fields; write fields as "
+                f"`{_shown(side)}` in `{text}` is more than a list of fields; write fields as "
                 "`name` or `name: type`, separated by commas."
             )
 
@@ -221,7 +234,7 @@ def _default(node: ast.expr, text: str) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise SignatureError(
-            f"The default `{ast.unparse(node)}` in `{text}` is not a literal; use a number, a "
+            f"The default `{_shown(ast.unparse(node))}` in `{text}` is not a literal; use a number, a "
             "string, a list of these and the like, or a class signature with "
             "`InputField(default=...)`."
         ) from None
@@ -246,10 +259,10 @@ def _resolve(node: ast.expr, names: Mapping[str, Any], text: str) -> Any:
                 return operator.getitem(kind, arguments[0] if len(arguments) == 1 else arguments)
             except TypeError as error:
                 raise SignatureError(
-                    f"`{ast.unparse(node)}` in `{text}` is no type: {error}."
+                    f"`{_shown(ast.unparse(node))}` in `{text}` is no type: {error}."
                 ) from None
         case _:
-            raise SignatureError(f"`{ast.unparse(node)}` in `{text}` is not a type.")
+            raise SignatureError(f"`{_shown(ast.unparse(node))}` in `{text}` is not a type.")
 
 
 def _arguments(kind: Any, inside: ast.expr, names: Mapping[str, Any], text: str) -> tuple[Any, ...]:
@@ -277,8 +290,9 @@ def _lookup(name: str, names: Mapping[str, Any], text: str) -> Any:
     for spelling in (name, name.removeprefix("typing."), name.removeprefix("t.")):
         if spelling in names:
             return names[spelling]
+    hint, name = nearest(name, names), _shown(name)
     raise SignatureError(
-        f"The type `{name}` in `{text}` is unknown. {nearest(name, names)}"
+        f"The type `{name}` in `{text}` is unknown. {hint}"
         f'For a type of your own pass `custom_types={{"{name}": {name}}}`, or write the signature '
         "as a class."
     )

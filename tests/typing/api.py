@@ -1,14 +1,14 @@
 # pyright: reportUnnecessaryTypeIgnoreComment=true
-"""Every public signature, used once as a user would. Type checkers read this; nothing runs it.
+"""Every public name, used as a user would. Type checkers read this; nothing runs it.
 
 A line that must be an error says so twice, once for each checker; when the error goes away, mypy's
 `warn_unused_ignores` and the first line of this file make both checkers fail.
 """
 
 import threading
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, assert_type
 
 import dspylite as dspy
@@ -39,7 +39,13 @@ class Grade(dspy.Signature):
     passed: bool = dspy.OutputField()
 
 
-# -- the static promise: inputs and outputs of a class signature are known ------------------------
+class StrictGrade(Grade):
+    """Grade the essay, and say why."""
+
+    reason: str = dspy.OutputField()
+
+
+# --- The promise: a class signature tells a checker the inputs and the outputs -------------------
 
 
 def outputs_are_known() -> None:
@@ -48,7 +54,8 @@ def outputs_are_known() -> None:
     assert_type(result.answer, str)
     assert_type(result.question, str)
     assert_type(dspy.Predict(Grade)(essay="...").marks, list[int])
-    assert_type(dspy.Predict(Grade)(essay="...").passed, bool)
+    assert_type(dspy.Predict(StrictGrade)(essay="...").passed, bool)
+    assert_type(dspy.Predict(StrictGrade)(essay="...").reason, str)
     print(result.nope)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
     result.answer.nope()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -60,7 +67,7 @@ def inputs_are_known() -> None:
     predict(qestion="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     predict()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     predict(k=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    predict("x")  # type: ignore[misc]  # pyright: ignore[reportCallIssue]
+    predict("x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     predict(question=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     predict(question="x", k="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     predict(question="x", answer="y")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
@@ -76,25 +83,321 @@ def a_result_is_a_record_too() -> None:
 
 async def it_survives_acall() -> None:
     predict = dspy.Predict(QA)
-    assert_type(await predict.acall(question="x"), QA)
-    assert_type((await predict.acall(question="x", k=5)).answer, str)
+    result = await predict.acall(question="x", k=5)
+    assert_type(result, QA)
+    assert_type(result.answer, str)
     await predict.acall(qestion="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     await predict.acall(question=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    print((await predict.acall(question="x")).nope)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    print(result.nope)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 async def it_survives_asyncify() -> None:
     ask = dspy.asyncify(dspy.Predict(QA))
-    assert_type(await ask(question="x"), QA)
-    assert_type((await ask(question="x", k=5)).answer, str)
+    result = await ask(question="x", k=5)
+    assert_type(result, QA)
+    assert_type(result.answer, str)
     await ask(qestion="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     await ask(question=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    print((await ask(question="x")).nope)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    print(result.nope)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-async def it_survives_batch(choice: dspy.parallel.OnError) -> None:
+def it_survives_bind_and_pools(pool: dspy.ThreadPoolExecutor) -> None:
+    ask = dspy.bind(dspy.Predict(QA))
+    assert_type(ask(question="x").answer, str)
+    ask(qestion="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    assert_type(pool.submit(dspy.Predict(QA), question="x"), Future[QA])
+    assert_type(dspy.syncify(dspy.Predict(QA))(question="x").answer, str)
+
+
+async def it_survives_batch(*, keep: bool) -> None:
     predict = dspy.Predict(QA)
     inputs = [{"question": "x"}]
     assert_type(predict.batch(inputs), list[QA])
-    assert_type(predict.batch(inputs, 4, 1, on_error="raise"), list[QA])
+    assert_type(predict.batch(inputs, 4, 10, on_error="raise", timeout_s=60), list[QA])
     assert_type(predict.batch(inputs, on_error="return"), list[dspy.Outcome[QA]])
+    assert_type(predict.batch(inputs, on_error="return")[0].unwrap().answer, str)
+    assert_type(
+        predict.batch(inputs, return_failed_examples=True),
+        tuple[list[QA | None], list[Any], list[BaseException]],
+    )
+    assert_type(predict.batch(inputs, return_failed_examples=keep), Any)
+    assert_type(await predict.abatch(inputs), list[QA])
+    assert_type(await predict.abatch(inputs, on_error="return"), list[dspy.Outcome[QA]])
+    print(predict.batch(inputs)[0].nope)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    predict.batch(inputs, on_error="ignore")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+async def it_survives_chain_of_thought() -> None:
+    think = dspy.ChainOfThought(QA)
+    result = think(question="x")
+    assert_type(result, QA)
+    assert_type(result.answer, str)
+    assert_type(result["reasoning"], Any)
+    assert_type((await think.acall(question="x")).answer, str)
+    assert_type(think.batch([{"question": "x"}]), list[QA])
+    think(qestion="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    print(result.nope)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# --- A text signature stays dynamic --------------------------------------------------------------
+
+
+async def text_signatures_are_dynamic() -> None:
+    predict = dspy.Predict("question -> answer", temperature=0.2)
+    result = predict(question="x")
+    assert_type(result, dspy.Prediction)
+    assert_type(result.anything, Any)
+    assert_type((await predict.acall(question="x")).anything, Any)
+    assert_type(predict.batch([{"question": "x"}]), list[dspy.Prediction])
+    assert_type(dspy.ChainOfThought("question -> answer")(question="x").reasoning, Any)
+    assert_type(dspy.Predict(dspy.Signature("question -> answer"))(question="x").anything, Any)
+
+
+def made_signatures_are_dynamic() -> None:
+    made = dspy.make_signature(
+        {"question": (str, dspy.InputField()), "answer": (str, dspy.OutputField(desc="short"))},
+        "Answer the question.",
+        signature_name="Made",
+    )
+    assert_type(dspy.Predict(made)(question="x").anything, Any)
+    assert_type(dspy.ChainOfThought(made)(question="x").anything, Any)
+    edited = QA.with_instructions("Be brief.").append("source", dspy.OutputField(), str)
+    assert_type(dspy.Predict(edited)(question="x").source, Any)
+    assert_type(dspy.infer_prefix("shortAnswer"), str)
+
+
+# --- Programs and batches ------------------------------------------------------------------------
+
+
+class Pipeline(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask = dspy.Predict(QA)
+        self.grade = dspy.Predict("answer -> score: float")
+
+    def forward(self, question: str) -> dspy.Prediction:
+        answer = self.ask(question=question).answer
+        return dspy.Prediction(answer=answer, score=self.grade(answer=answer).score)
+
+
+async def programs(lm: dspy.LM) -> None:
+    program = Pipeline()
+    assert_type(program(question="x"), Any)
+    assert_type(await program.acall(question="x"), Any)
+    assert_type(program.batch(({"question": q} for q in "ab"), num_threads=2), list[Any])
+    assert_type(program.batch([], on_error="return"), list[dspy.Outcome[Any]])
+    assert_type(await program.abatch([], progress=lambda done, total, errors: None), list[Any])
+    assert_type(dspy.syncify(program), Pipeline)
+    assert_type(program.deepcopy(), Pipeline)
+    assert_type(program.reset_copy(), Pipeline)
+    program.set_lm(lm)
+    for path, predictor in program.named_predictors():
+        print(path.upper(), predictor.demos)
+    run = dspy.Parallel(num_threads=4, max_errors=10, on_error="return", timeout_s=60.0)
+    print(run([(program, {"question": "x"}), (len, ("abc",))]))
+    print(await run.acall([(program, dspy.Example(question="x").with_inputs("question"))]))
+    dspy.Parallel(on_error="ignore")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def outcomes(outcome: dspy.Outcome[QA]) -> str:
+    if outcome.ok:
+        return outcome.unwrap().answer
+    assert_type(outcome.value, QA | None)
+    assert_type(outcome.error, BaseException | None)
+    return f"{outcome.index}: {outcome.attempts} attempts, {outcome.seconds:.1f} s"
+
+
+def records() -> None:
+    example = dspy.Example({"question": "1+1?"}, answer="2").with_inputs("question")
+    assert_type(example.inputs(), dspy.Example)
+    assert_type(dict(example.items()), dict[str, Any])
+    prediction = dspy.Prediction(answer="Paris", score=0.5)
+    assert_type(prediction.answer, Any)
+    assert_type(prediction + 1, float)
+    assert_type(prediction > 0.1, bool)
+    completions = dspy.Completions([{"answer": "a"}, {"answer": "b"}])
+    assert_type(completions.answer, list[Any])
+    assert_type([each.answer for each in completions], list[Any])
+    assert_type(dspy.Prediction.from_completions({"answer": ["a", "b"]}), dspy.Prediction)
+
+
+# --- Settings and threads ------------------------------------------------------------------------
+
+
+def changing_settings(lm: dspy.LM) -> None:
+    dspy.configure(lm=lm, adapter=dspy.ChatAdapter(), num_threads=8, max_errors=None)
+    dspy.configure(adapter=dspy.JSONAdapter(), callbacks=[dspy.BaseCallback()])
+    with dspy.context(lm=dspy.OfflineLM(), trace=[]):
+        assert_type(dspy.settings.num_threads, int)
+    with dspy.settings.restore(dspy.settings.snapshot()):
+        assert_type(dspy.settings.track_usage, bool)
+    dspy.configure(num_thread=8)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    dspy.configure(num_threads="8")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    dspy.configure(lm="openai/gpt-4o-mini")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def settings_warnings(warning: dspy.SettingsWarning) -> UserWarning:
+    return warning
+
+
+def read(text: str, *, times: int = 1) -> list[str]:
+    return [text] * times
+
+
+async def aread(text: str) -> list[str]:
+    return [text]
+
+
+async def crossing_threads(chunks: Iterator[str], stream: AsyncIterator[str]) -> None:
+    assert_type(dspy.bind(read)("x", times=2), list[str])
+    assert_type(await dspy.bind(aread)("x"), list[str])
+    threading.Thread(target=dspy.bind(read), args=("x",)).start()
+    assert_type(dspy.bind_iter(chunks), Iterator[str])
+    assert_type(dspy.bind_iter(stream), AsyncIterator[str])
+    assert_type(await dspy.asyncify(read)("x", times=2), list[str])
+    assert_type(dspy.syncify(aread)("x"), list[str])
+    with dspy.propagate_to_threads(), dspy.ThreadPoolExecutor(max_workers=4) as pool:
+        assert_type(pool.submit(read, "x", times=2), Future[list[str]])
+        assert_type(pool.map(read, ["x"]), Iterator[list[str]])
+    dspy.bind(read)(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def counting() -> None:
+    with dspy.track_usage() as tracker:
+        assert_type(tracker.total, dspy.Usage)
+        assert_type(tracker.get_total_tokens(), dict[str, dict[str, int]])
+    assert_type((dspy.Usage(prompt_tokens=1) + dspy.Usage(calls=1)).total_tokens, int)
+
+
+class Listener(dspy.BaseCallback):
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        frame = dspy.current_call()
+        assert_type(frame.item_index if frame is not None else None, int | None)
+
+
+# --- Models --------------------------------------------------------------------------------------
+
+
+class MyLM(dspy.BaseLM):
+    def forward(
+        self,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return {"choices": [{"message": {"content": "Paris"}}]}
+
+
+async def models() -> None:
+    lm = dspy.LM("openai/gpt-4o-mini", temperature=0.2, api_base="http://localhost:8000/v1")
+    assert_type(lm("Capital of France?"), list[str | dict[str, Any]])
+    assert_type(
+        await lm.acall(messages=[{"role": "user", "content": "Capital of France?"}], n=2),
+        list[str | dict[str, Any]],
+    )
+    assert_type(lm.copy(temperature=1.0), dspy.LM)
+    dspy.configure(lm=MyLM("my/model"))
+    lm.middleware = (dspy.Retry(max_retries=5, base_s=0.1), *lm.middleware)
+    dspy.LM()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def embed_texts(texts: list[str]) -> list[list[float]]:
+    return [[float(len(text))] for text in texts]
+
+
+async def aembed_texts(texts: list[str], *, scale: float = 1.0) -> list[list[float]]:
+    return [[scale * len(text)] for text in texts]
+
+
+def embed_numbers(numbers: list[int]) -> list[list[float]]:
+    return [[float(number)] for number in numbers]
+
+
+async def embedding() -> None:
+    embedder = dspy.Embedder("openai/text-embedding-3-small", batch_size=100, dimensions=64)
+    vectors = embedder.embed(["a", "b"])
+    assert_type(vectors, dspy.Embeddings)
+    assert_type(vectors.shape, tuple[int, int])
+    assert_type(vectors.tolist(), list[list[float]])
+    assert_type(vectors.dot(vectors[0]), list[float])
+    assert_type(await embedder.aembed(("a", "b")), dspy.Embeddings)
+    dspy.Embeddings(array("f", [0.0, 1.0]), 2)
+    dspy.Embeddings.from_rows([[0.0, 1.0], (1, 0)])
+    dspy.Embedder(embed_texts)
+    dspy.Embedder(aembed_texts, scale=0.5)
+    dspy.Embedder(embed_numbers)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+def lm_errors(predict: dspy.Predict[..., dspy.Prediction]) -> float | None:
+    try:
+        predict(question="x")
+    except (dspy.LMNotConfiguredError, dspy.LMConfigurationError, dspy.LMAuthError) as error:
+        print(error.model, error.provider, error.code)
+    except (dspy.ContextWindowExceededError, dspy.ContentFilterError) as error:
+        refused: dspy.LMInvalidRequestError = error
+        print(refused.provider_code)
+    except (dspy.LMRateLimitError, dspy.LMServerError) as error:
+        return error.retry_after_s
+    except (dspy.LMTimeoutError, dspy.LMTransportError) as error:
+        built_in: TimeoutError | ConnectionError = error
+        print(built_in)
+    except dspy.LMUnexpectedError as error:
+        print(error.status, error.request_id)
+    except dspy.LMError as error:
+        assert_type(dspy.is_retryable_lm_error(error), bool)
+        assert_type(error.retryable, bool)
+    return None
+
+
+def program_errors(error: dspy.DSPyError) -> ValueError | TypeError | None:
+    match error:
+        case dspy.SettingsError() | dspy.SignatureError():
+            return error
+        case dspy.InputFieldError() | dspy.ModuleError():
+            return error
+        case dspy.AdapterParseError():
+            print(error.adapter_name, error.signature, error.lm_response, error.parsed_result)
+        case dspy.BatchError():
+            assert_type(error.results, dict[int, Any])
+            assert_type(error.errors, dict[int, BaseException])
+            assert_type(error.untried, int | None)
+        case dspy.ItemSkippedError():
+            assert_type(error.index, int)
+        case dspy.ItemTimeoutError():
+            assert_type(error.timeout_s, float)
+        case dspy.EmbeddingShapeError() | dspy.EmbeddingValueError():
+            return error
+        case dspy.EmbeddingError():
+            assert_type(error.index, int | None)
+        case dspy.FlowError() | dspy.MissingExtraError():
+            print(error)
+        case _:
+            pass
+    return None
+
+
+# --- Fakes for tests -----------------------------------------------------------------------------
+
+
+def fakes() -> None:
+    lm = FakeLM([{"answer": "Paris"}, "text", ValueError("no")], default="?", num_retries=1)
+    DummyLM({"Capital": {"answer": "Paris"}})
+    FakeLM(lambda request: str(request.messages[-1]["content"]))
+    with dspy.context(lm=lm), lm.hold(until=2):
+        lm.wait_for_calls(2)
+    assert_type(len(lm.requests), int)
+    with FakeClock() as clock:
+        assert_type(clock.sleeps, list[float])
+    assert_type(FakeEmbedder(dimensions=4).batches, list[list[str]])
+    with FakeServer(answer="Paris") as server:
+        server.script(Reply(status=503), Reply())
+        assert_type(server.requests[0], RecordedRequest)
+
+
+def fakes_fit_where_models_go(make: Callable[..., Awaitable[str]]) -> None:
+    dspy.configure(lm=FakeLM())
+    dspy.Predict(QA).lm = FakeLM()
+    assert_type(dspy.syncify(make)(), str)

@@ -1,0 +1,65 @@
+"""An event loop for each thread that runs async code without being in a loop.
+
+The only file of the runtime that imports asyncio. Not here: when such a loop is needed
+(`runtime/bridge.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class _ThreadLoop:
+    """The event loop of one thread that runs async code without being in a loop.
+
+    Closed with the thread.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._pid = os.getpid()
+
+    def usable(self) -> bool:
+        return self._pid == os.getpid() and not self._loop.is_closed()
+
+    def run(self, fn: Callable[..., Awaitable[T]]) -> T:
+        task = self._loop.create_task(_await(fn))
+        try:
+            return self._loop.run_until_complete(task)
+        finally:  # also after KeyboardInterrupt: nothing stays behind for the next call
+            self._cancel_rest()
+
+    def _cancel_rest(self) -> None:
+        if rest := asyncio.all_tasks(self._loop):
+            for task in rest:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+
+    def __del__(self) -> None:
+        if self.usable() and not self._loop.is_running():
+            self._loop.close()
+
+
+async def _await(fn: Callable[..., Awaitable[T]]) -> T:
+    return await fn()
+
+
+_LOCAL = threading.local()
+_INHERITED: list[_ThreadLoop] = []
+"""Loops of a parent process: closing one would take the parent's sockets out of its selector."""
+
+
+def run_on_thread_loop(fn: Callable[..., Awaitable[T]]) -> T:
+    """Run an async function to its end on this thread, in the loop that the thread keeps."""
+    loop: _ThreadLoop | None = getattr(_LOCAL, "loop", None)
+    if loop is None or not loop.usable():
+        if loop is not None:
+            _INHERITED.append(loop)
+        loop = _LOCAL.loop = _ThreadLoop()
+    return loop.run(fn)
