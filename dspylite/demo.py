@@ -208,7 +208,8 @@ def _ways(
 
 
 async def _gather(ask: Callable[..., Any], questions: Sequence[str]) -> list[Prediction]:
-    return await asyncio.gather(*(ask(question=question) for question in questions))
+    found: list[Prediction] = await asyncio.gather(*(ask(question=q) for q in questions))
+    return found
 
 
 def _compare(

@@ -53,7 +53,7 @@ def test_asyncify_refuses_what_is_async_or_not_callable() -> None:
 
 
 async def test_an_asyncified_call_keeps_the_settings_of_its_start() -> None:
-    """A `configure` made while it runs does not split it (DESIGN 5)."""
+    """A `configure` made while it runs does not split it."""
     started, go_on = threading.Event(), threading.Event()
 
     def program() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""One body for sync and async: what each driver does with a plan (DESIGN 4)."""
+"""One body for sync and async: what each driver does with a plan."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_the_blocking_driver_has_no_event_loop() -> None:
 
 
 def test_a_plan_that_awaits_past_its_io_fails_by_name() -> None:
-    """A mistake in a middleware must not look like a hang (DESIGN 4)."""
+    """A mistake in a middleware must not look like a hang."""
 
     async def bad_plan() -> None:
         await asyncio.sleep(0)

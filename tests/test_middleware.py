@@ -1,4 +1,4 @@
-"""`Retry` and the chain: when a request is sent again, after how long, and who sees it in which order.
+"""`Retry` and the chain: when a request is sent again, after how long, and in which order.
 
 Not here: retries over real HTTP (`test_lm_over_http.py`).
 """

@@ -480,7 +480,7 @@ def test_the_progress_bar_stays_off_where_nobody_looks(capfd: pytest.CaptureFixt
 
 
 def test_a_run_keeps_the_settings_of_its_start() -> None:
-    """A batch is never split by a later `configure` (DESIGN 5)."""
+    """A batch is never split by a later `configure`."""
     old = dspy.settings.max_history_size
 
     def work(x: int) -> int:
@@ -540,7 +540,7 @@ def test_a_nested_batch_with_a_time_limit_finishes_when_no_thread_is_free() -> N
 
 
 def test_an_interrupt_of_the_caller_stops_the_taking_of_items() -> None:
-    """The error reaches the caller at once, and workers take nothing more (first form of B 2.6)."""
+    """The error reaches the caller at once, and workers take nothing more."""
     started, release = threading.Event(), threading.Event()
     ran: list[int] = []
 

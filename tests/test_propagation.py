@@ -1,4 +1,4 @@
-"""Every way to run work elsewhere carries every kind of context (B 1.1, 1.6, 1.8; DESIGN 5)."""
+"""Every way to run work elsewhere carries every kind of context (B 1.1, 1.6, 1.8)."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import re
 import sys
 import threading
 import warnings
@@ -351,4 +352,4 @@ def test_every_setting_is_known_to_type_checkers_and_documented() -> None:
     keys = set(module.KEYS)
     assert set(module.SettingsChanges.__annotations__) == keys
     for key in keys:
-        assert f"        {key}: " in (module.Settings.__doc__ or "")
+        assert re.search(rf"^ +{key}: ", module.Settings.__doc__ or "", re.MULTILINE), key

@@ -39,7 +39,7 @@ TIMEOUT_S = 0.5
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[FakeServer]:
-    """Start one server for the module: litellm keeps a client, and its sockets, for each address."""
+    """Start one server for the module: litellm keeps a client, and a socket, for each address."""
     with FakeServer() as server:
         yield server
 
@@ -218,7 +218,7 @@ def test_error_names_the_model_and_what_the_server_said(server: FakeServer) -> N
 
 
 def test_message_without_an_answer_names_no_status(server: FakeServer) -> None:
-    """litellm writes 500 where nothing was received; nobody should search the server's log for it."""
+    """litellm writes 500 where nothing came; nobody should search the server's log for it."""
     server.script(Reply(drop="before"))
     assert "HTTP" not in str(failure(lm_of(server)))
 
@@ -283,6 +283,37 @@ def test_retry_after_as_a_date_is_the_time_until_then(server: FakeServer) -> Non
     wait_s = failure(lm_of(server)).retry_after
     assert wait_s is not None
     assert 3_500 < wait_s <= 3_600
+
+
+def told(error: LMError) -> tuple[type[LMError], int | None, float | None, str | None]:
+    return type(error), error.status, error.retry_after, error.request_id
+
+
+def test_failure_being_handled_says_nothing_of_the_next_one(server: FakeServer) -> None:
+    """A second model is tried where the first one's error is caught; the two must not be mixed."""
+    server.script(Reply(status=504, headers={"retry-after": "7"}))
+    with FakeServer() as gone:
+        pass
+    try:
+        lm_of(server)("hello")
+    except LMServerError:
+        error = failure(lm_of(gone))
+    assert told(error) == (LMTransportError, None, None, None)
+
+
+@awaited
+async def test_awaited_failure_being_handled_says_nothing_of_the_next_one(
+    server: FakeServer,
+) -> None:
+    """Likewise on an event loop."""
+    server.script(Reply(status=504, headers={"retry-after": "7"}))
+    with FakeServer() as gone:
+        pass
+    try:
+        await lm_of(server).acall("hello")
+    except LMServerError:
+        error = await afailure(lm_of(gone))
+    assert told(error) == (LMTransportError, None, None, None)
 
 
 @given(st.dictionaries(st.sampled_from(["retry-after", "retry-after-ms"]), st.text()))

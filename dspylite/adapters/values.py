@@ -6,6 +6,7 @@ missing tail. Not here: where in a prompt or an answer the value stands.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import enum
 import functools
@@ -19,7 +20,9 @@ from typing import Annotated, Any
 
 import pydantic
 from pydantic.errors import PydanticUserError
+from pydantic_core import SchemaError, to_jsonable_python
 
+from dspylite.errors import SignatureError
 from dspylite.schema.records import Example
 from dspylite.schema.signature import Field
 
@@ -28,6 +31,9 @@ MAX_DEPTH = 64
 
 MAX_CHARS = 4_000_000
 """Longest text read as one value."""
+
+_NUMBER_BOUNDS = frozenset({"gt", "ge", "lt", "le", "multiple_of"})
+_TEXT_BOUNDS = frozenset({"min_length", "max_length", "pattern"})
 
 
 def format_value(value: Any) -> str:
@@ -44,23 +50,48 @@ def format_value(value: Any) -> str:
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Write any value as JSON; what JSON does not know is written as its text."""
-    return json.dumps(value, ensure_ascii=False, default=_jsonable, indent=indent)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_jsonable, indent=indent)
+    except TypeError:  # a key that is no text; `default` is not asked about keys
+        return json.dumps(_with_text_keys(value), ensure_ascii=False, indent=indent)
 
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, Example):
         return value.toDict()
     if isinstance(value, pydantic.BaseModel):
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", by_alias=True)  # by the names that are read back
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return to_jsonable_python(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
     if isinstance(value, set | frozenset):
         return sorted(value, key=repr)
     if isinstance(value, Mapping):
         return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return str(value)
+
+
+def _with_text_keys(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {_key(key): _with_text_keys(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_text_keys(item) for item in value]
+    return _with_text_keys(_jsonable(value))
+
+
+def _key(key: Any) -> Any:
+    if key is None or isinstance(key, str | int | float):
+        return key
+    return str(_jsonable(key))
 
 
 def describe(field: Field) -> str:
@@ -123,6 +154,31 @@ def type_adapter(
         return _cached_adapter.__wrapped__(annotation, constraints)
 
 
+def check_readable(field: Field) -> None:
+    """Refuse an output whose type or bounds no answer could be read into.
+
+    Raises:
+        SignatureError: pydantic cannot read the type, or a bound does not go with it.
+    """
+    annotation = field.annotation
+    if annotation is str and not field.constraints:
+        return
+    misfits = _NUMBER_BOUNDS if annotation is str else _TEXT_BOUNDS
+    try:
+        type_adapter(annotation, field.constraints)
+        describe(field)
+        if annotation in (str, int, float):
+            for name, value in field.constraints:
+                if name in misfits:
+                    raise TypeError(f"`{name}={value!r}` is no bound of it")
+    except (PydanticUserError, SchemaError, TypeError) as error:
+        reason = " ".join(str(error).partition("\n\n")[0].split()).removesuffix(".")
+        raise SignatureError(
+            f"The output `{field.name}: {field.type_name}` cannot be read from an answer: "
+            f"{reason}. Use a type that pydantic reads from JSON, with bounds that go with it."
+        ) from error
+
+
 def parse_text(field: Field, text: str) -> Any:
     """Read an output from the text a model wrote for it.
 
@@ -140,9 +196,9 @@ def parse_text(field: Field, text: str) -> Any:
         return None
     if str in alternatives and set(alternatives) <= {str, type(None)}:
         return _validated(field, text)
-    bare = _without_quotes(text)
     if (choices := _choices(annotation)) is not None:
-        return _pick(choices, bare)
+        return _pick(choices, text)
+    bare = _without_quotes(text)
     if annotation is bool and bare.lower() in {"true", "false", "yes", "no"}:
         return bare.lower() in {"true", "yes"}
     if annotation in (int, float) and not re.fullmatch(r"[-+]?[\d._]+([eE][-+]?\d+)?", bare):
@@ -167,12 +223,14 @@ def validate(field: Field, value: Any) -> Any:
     Raises:
         ValueError: It is not a value of the field's type.
     """
-    if isinstance(value, str):
-        if field.annotation is str:
-            return value if not field.constraints else _validated(field, value)
-        if (choices := _choices(field.annotation)) is not None:
-            return _pick(choices, value)
-    return _validated(field, value)
+    if field.annotation is str and isinstance(value, str) and not field.constraints:
+        return value
+    try:
+        return _validated(field, value)
+    except ValueError:
+        if (choices := _choices(field.annotation)) is None:
+            raise
+        return _pick(choices, format_value(value))
 
 
 def _validated(field: Field, value: Any) -> Any:
@@ -184,9 +242,29 @@ def _validated(field: Field, value: Any) -> Any:
             for e in error.errors(include_url=False, include_input=False)[:5]
         )
         raise ValueError(f"{_excerpt(value)} does not fit: {reasons}") from None
-    if isinstance(result, float) and not math.isfinite(result):
-        raise ValueError(f"{result} is not a finite number")
+    except TypeError as error:  # a bound that does not go with this member of a union
+        raise ValueError(f"{_excerpt(value)} does not fit: {error}") from error
+    _check_finite(result)
     return result
+
+
+def _check_finite(result: Any) -> None:
+    """Refuse numbers that are not finite inside models too, which would read them from a text."""
+    rest = [result]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, float):
+            if not math.isfinite(item):
+                raise ValueError(f"{item} is not a finite number")
+        elif isinstance(item, pydantic.BaseModel):
+            if not item.model_config.get("allow_inf_nan"):
+                rest.extend(vars(item).values())
+        elif isinstance(item, dict):
+            rest.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset):
+            rest.extend(item)
+        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+            rest.extend(getattr(item, field.name) for field in dataclasses.fields(item))
 
 
 def _excerpt(value: Any) -> str:
@@ -209,21 +287,25 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _pick(choices: tuple[Any, ...], text: str) -> Any:
-    """Find the one choice that the text names: exactly, else without regard to case."""
+    """Find the one choice that the text names: exactly, else without regard to case.
+
+    A value goes before a member's name: it is what prompts show and answers are written with.
+    """
     text = text.strip()
     spelled = [(choice, _spellings(choice)) for choice in choices]
+    named = [(choice, {choice.name}) for choice in choices if isinstance(choice, enum.Enum)]
     for fold in (str, str.casefold):
-        found = [c for c, names in spelled if fold(text) in {fold(name) for name in names}]
-        if len(found) == 1:
-            return found[0]
+        for table in (spelled, named):
+            for word in (fold(text), fold(_without_quotes(text))):
+                found = [c for c, names in table if word in {fold(n).strip() for n in names}]
+                if len(found) == 1:
+                    return found[0]
     allowed = ", ".join(repr(format_value(choice)) for choice in choices)
     raise ValueError(f"{_excerpt(text)} is not one of {allowed}")
 
 
 def _spellings(choice: Any) -> set[str]:
-    if isinstance(choice, enum.Enum):
-        return {str(choice.value), choice.name}
-    return {str(choice), format_value(choice)}
+    return {format_value(choice), str(choice.value if isinstance(choice, enum.Enum) else choice)}
 
 
 def _without_quotes(text: str) -> str:
@@ -253,6 +335,8 @@ def parse_json(text: str) -> Any:
         {'a': [1, 2], 'b': True}
     """
     text = _without_fence(text.strip())
+    if len(text) > MAX_CHARS:
+        raise ValueError(f"{len(text)} characters are more than {MAX_CHARS}")
     try:
         return load_json(text)
     except json.JSONDecodeError as first:
@@ -285,7 +369,7 @@ def check_tree(value: Any) -> None:
     level, depth = [value], 0
     while level:
         depth += 1
-        if depth > MAX_DEPTH + 1:
+        if depth > MAX_DEPTH and any(isinstance(item, dict | list) for item in level):
             raise ValueError(f"nested deeper than {MAX_DEPTH}")
         deeper: list[Any] = []
         for item in level:
@@ -301,9 +385,11 @@ def check_tree(value: Any) -> None:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} comes twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {_excerpt(name)} comes twice")
+            seen.add(name)
     return made
 
 
@@ -316,7 +402,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refu
 _NOISE = re.compile(
     r"""
       (?P<string>"(?:[^"\\]|\\.?)*+(?:"|\Z))   # never-closed ones too, or the search would restart
-    | (?P<single>'(?:[^'\\]|\\.?)*+(?:'|\Z))   # at each of their quotes and turn quadratic
+    | (?P<single>'(?:[^'\\]|\\.?)*+(?:(?P<closed>')|\Z))  # at each quote and turn quadratic
     | (?P<comment>//[^\n]*|/\*.*?(?:\*/|\Z))
     | (?P<comma>,(?=\s*[\]}]))
     | (?P<word>\b(?:True|False|None)\b)
@@ -338,7 +424,7 @@ def mend_json(text: str) -> str:
 def _mend(match: re.Match[str]) -> str:
     found = match[0]
     match match.lastgroup:
-        case "single":
+        case "single" if match["closed"]:
             inner = found[1:-1].replace("\\'", "'")
             return '"' + re.sub(r'(?<!\\)"', r"\"", inner) + '"'
         case "comment" | "comma":

@@ -6,7 +6,7 @@ Not here: how a run takes and runs its items (`concurrency/run.py`).
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sized
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from dspylite.concurrency.outcome import batch_error
 from dspylite.concurrency.progress import Bar, show_progress
@@ -17,6 +17,18 @@ from dspylite.schema.records import Example
 
 OnError = Literal["raise", "return"]
 _AsJob = Callable[[int, Any], Job]
+
+
+class BatchOptions(TypedDict, total=False):
+    """What `Module.batch` and `abatch` hand on to `Parallel`, for type checkers."""
+
+    provide_traceback: bool | None
+    disable_progress_bar: bool
+    timeout: float
+    straggler_limit: int
+    timeout_s: float | None
+    total_timeout_s: float | None
+    progress: bool | Progress
 
 
 class Parallel:

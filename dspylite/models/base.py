@@ -5,6 +5,7 @@ Not here: the engines, and the policies of the chain (`models/middleware.py`).
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,14 +17,19 @@ from dspylite.runtime.bridge import call_in_thread
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.tracking import History, record_call
-from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Message
+from dspylite.schema.messages import (
+    LMOutput,
+    LMRequest,
+    LMResponse,
+    Message,
+    is_secret,
+    without_secrets,
+)
 
 ModelType = Literal["chat", "text", "responses"]
 
 GLOBAL_HISTORY = History()
 """The last calls of all LMs of this process."""
-
-_SECRET_PARAMS = frozenset({"api_key", "headers", "extra_headers", "default_headers"})
 
 
 class BaseLM:
@@ -63,9 +69,7 @@ class BaseLM:
             raise LMConfigurationError(
                 f"`model` must name a model, such as 'openai/gpt-4o-mini', not {model!r}."
             )
-        _check_numbers(
-            temperature=temperature, max_tokens=max_tokens, timeout=kwargs.get("timeout")
-        )
+        check_numbers(temperature=temperature, max_tokens=max_tokens, timeout=kwargs.get("timeout"))
         self.model = model
         self.model_type = model_type
         self.cache = cache
@@ -123,7 +127,7 @@ class BaseLM:
         """
         merged = {k: v for k, v in {**self.kwargs, **params}.items() if v is not None}
         request = LMRequest(model=self.model, messages=messages, params=merged)
-        shown = {k: v for k, v in params.items() if k not in _SECRET_PARAMS}
+        shown = without_secrets(params)
         with Observed("lm", self, {"messages": messages, **shown}) as call:
             response = await chain(self.middleware, self.engine, io)(request)
             call.outputs = [_plain_output(output) for output in response.outputs]
@@ -195,10 +199,7 @@ class BaseLM:
         return twin
 
     def __repr__(self) -> str:
-        shown = {
-            name: ("..." if name in _SECRET_PARAMS else value)
-            for name, value in self.kwargs.items()
-        }
+        shown = {name: ("..." if is_secret(name) else value) for name, value in self.kwargs.items()}
         inside = "".join(f", {name}={value!r}" for name, value in shown.items())
         return f"{type(self).__name__}({self.model!r}{inside})"
 
@@ -239,7 +240,30 @@ def _plain_output(output: LMOutput) -> str | dict[str, Any]:
     return plain
 
 
-def _check_numbers(**numbers: Any) -> None:
+def check_url(url: Any) -> None:
+    """Refuse an endpoint that no request can be sent to; None is the provider's own.
+
+    Raises:
+        LMConfigurationError: It is no http or https URL with a host.
+    """
+    if url is None:
+        return
+    try:
+        parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
+    except ValueError:  # such as an unclosed bracket
+        parts = None
+    if parts is None or parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise LMConfigurationError(
+            f"`api_base` must be a URL such as 'http://localhost:8000/v1', not {url!r}."
+        )
+
+
+def check_numbers(**numbers: Any) -> None:
+    """Refuse parameters that no provider could take; None is not given.
+
+    Raises:
+        LMConfigurationError: One is no number, or too small.
+    """
     for name, value in numbers.items():
         if value is None:
             continue

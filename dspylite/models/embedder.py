@@ -6,7 +6,7 @@ Not here: the block of vectors (`models/embeddings.py`) and the hashing (`models
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, Protocol
 
@@ -17,15 +17,16 @@ from dspylite.errors import (
     LMConfigurationError,
     MissingExtraError,
 )
+from dspylite.models.base import check_numbers, check_url
 from dspylite.models.embeddings import Embeddings, read_vector
 from dspylite.models.hashing import hash_embedding
 from dspylite.models.litellm import LiteLLMEmbedding
 from dspylite.models.middleware import Retry
+from dspylite.models.offline import OFFLINE_PREFIX
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import settings
 from dspylite.schema.messages import Usage
 
-OFFLINE_PREFIX = "offline/"
 HASHING_MODEL = "offline/hashing"
 DEFAULT_HASH_DIMENSIONS = 512
 
@@ -155,8 +156,9 @@ class Embedder:
         return _as_numpy(await self.aembed(_as_list(inputs)), inputs)
 
     async def _plan(self, io: Io, texts: Sequence[str]) -> Embeddings:
+        texts = list(_checked_texts(texts))  # read once: an iterator would be empty the next time
         first_index: dict[str, int] = {}
-        for index, text in enumerate(_checked_texts(texts)):
+        for index, text in enumerate(texts):
             first_index.setdefault(text, index)
         unique = list(first_index)
         batches = [
@@ -191,6 +193,7 @@ class Embedder:
 
 
 def _backend(model: str | EmbedFunction, num_retries: int, kwargs: Mapping[str, Any]) -> _Backend:
+    retry = Retry(max_retries=num_retries)
     if callable(model):
         return _Function(model, kwargs)
     if not isinstance(model, str) or not model.strip():
@@ -199,7 +202,9 @@ def _backend(model: str | EmbedFunction, num_retries: int, kwargs: Mapping[str, 
             f"not {model!r}."
         )
     if not model.startswith(OFFLINE_PREFIX):
-        return _Hosted(LiteLLMEmbedding(model, kwargs), Retry(max_retries=num_retries))
+        check_url(kwargs.get("api_base") or kwargs.get("base_url"))
+        check_numbers(timeout=kwargs.get("timeout"))
+        return _Hosted(LiteLLMEmbedding(model, kwargs), retry)
     dimensions = kwargs.get("dimensions", DEFAULT_HASH_DIMENSIONS)
     if model != HASHING_MODEL or set(kwargs) - {"dimensions"}:
         raise LMConfigurationError(
@@ -213,8 +218,10 @@ def _backend(model: str | EmbedFunction, num_retries: int, kwargs: Mapping[str, 
 
 def _in_order(rows: Sequence[Mapping[str, Any]], wanted: int) -> list[Any]:
     """Put the rows of an answer in the order of their `index`; they may come in any other."""
-    indices = [row.get("index", place) for place, row in enumerate(rows)]
-    if sorted(indices) != list(range(wanted)):
+    given: list[Any] = [row.get("index") for row in rows]
+    # Servers that send no index at all send the rows in order.
+    indices = given if any(index is not None for index in given) else list(range(len(rows)))
+    if set(indices) != set(range(wanted)) or len(rows) != wanted:
         raise EmbeddingShapeError(
             f"{wanted} texts gave {len(rows)} vectors (with indices {indices[:8]}"
             f"{'...' if len(indices) > 8 else ''}); nothing of this batch is used."
@@ -226,16 +233,18 @@ def _in_order(rows: Sequence[Mapping[str, Any]], wanted: int) -> list[Any]:
 
 
 def _checked_texts(texts: Sequence[str]) -> Iterator[str]:
-    if isinstance(texts, str):
-        raise InputFieldError("`embed` takes a list of texts; write `embed([text])` for one.")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputFieldError(
+            f"`embed` takes a list of texts, not {texts!r:.100}; write `embed([text])` for one."
+        )
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputFieldError(f"Text {index} is not a string but {text!r:.100}.")
         yield text
 
 
-def _as_list(inputs: str | Sequence[str]) -> list[str]:
-    return [inputs] if isinstance(inputs, str) else list(inputs)
+def _as_list(inputs: str | Sequence[str]) -> Sequence[str]:
+    return [inputs] if isinstance(inputs, str) else inputs
 
 
 def _as_numpy(block: Embeddings, inputs: str | Sequence[str]) -> Any:

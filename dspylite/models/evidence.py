@@ -21,7 +21,7 @@ MAX_SPANS = 20_000
 
 _K1, _B = 1.2, 0.5  # BM25's usual saturation; less length normalisation, as sentences are all short
 _HEADING_SHARE, _BEFORE_SHARE, _PASSAGE_SHARE = 0.3, 0.3, 0.25  # guessed, tried on our own pages
-_MAX_TOPICS = 64  # an answer with more fields than this reuses what the question alone finds
+_MAX_TOPICS = 32  # an answer with more fields than this reuses what the question alone finds
 _MAX_TEXTS = 100  # sentences searched for a number, a date or a mood where nothing is asked
 _GENERIC = frozenset(terms("answer output result response reply text value content"))
 
@@ -116,8 +116,8 @@ class Evidence:
                     weights.setdefault(term, share)
             for term, weight in weights.items():
                 self._postings[term].append((place, weight))
-            if label := LABEL.fullmatch(span.text):
-                self.labels.setdefault(tuple(terms(label[1])), label[2].strip())
+            if (label := LABEL.fullmatch(span.text)) and (key := tuple(terms(label[1]))):
+                self.labels.setdefault(key, label[2].strip())
         self._mean_length = max(sum(self._lengths) / max(len(self._lengths), 1), 1.0)
 
     def search(
@@ -181,7 +181,7 @@ class Evidence:
 
 
 def _bonus(text: str, kinds: frozenset[str], query: Mapping[str, float]) -> float:
-    bonus = 1.3 if any(_SIGNS[kind].search(text) for kind in kinds) else 1.0
+    bonus = 1.5 if any(_SIGNS[kind].search(text) for kind in kinds) else 1.0
     is_order = "way" in kinds and not query.keys().isdisjoint(terms(text[:40])[:1])
     return 1.3 * bonus if is_order else bonus
 
@@ -214,23 +214,26 @@ class Inquiry:
         """Rank sentences for the question and a topic, which is the name and meaning of a field.
 
         Returns:
-            The best sentences first. Without any question they are, in the worst case, those that
-            open the evidence, with a coverage of 0; with a question none may be left.
+            The best sentences first, none if the question shares no word with any. Where nothing
+            is asked they are, in the worst case, those that open the evidence, with coverage 0.
         """
         own = tuple(term for term in terms(topic) if term not in _GENERIC)
+        if own not in self._found and len(self._found) >= _MAX_TOPICS:
+            own = ()
         if own not in self._found:
-            if len(self._found) >= _MAX_TOPICS:
-                own = ()
             weight = 0.3 if self._asked else 1.0
             query = {**dict.fromkeys(own, weight), **self._hints, **self._asked}
-            self._found[own] = self.evidence.search(
-                query, kinds=self._kinds, definition=self._definition
-            ) or ([] if self.question else self._opening())
+            matches = self.evidence.search(query, kinds=self._kinds, definition=self._definition)
+            if self._asked:  # what a field is called is no reason to take a sentence for an answer
+                matches = [match for match in matches if not match.shared.isdisjoint(self._asked)]
+            self._found[own] = matches or ([] if self._asked else self._opening())
         return self._found[own]
 
     def label(self, topic: str) -> str | None:
-        """Return what stands after "topic:" in the evidence, if anything does."""
-        return self.evidence.labels.get(tuple(terms(topic)))
+        """Return what stands after "topic:" in the evidence, or after the topic's first word."""
+        labels = self.evidence.labels
+        name = topic.partition(" ")[0]
+        return labels.get(tuple(terms(topic))) or labels.get(tuple(terms(name)))
 
     def texts(self, topic: str = "") -> list[str]:
         """List where a value may stand, best first: a label's text, then sentences that match.

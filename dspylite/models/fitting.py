@@ -128,8 +128,10 @@ class Fitter:
     def _alternative(self, branches: Sequence[Schema], topic: str, nth: int) -> Found:
         """Take the first alternative that something is found for, else null, else the first."""
         real = [branch for branch in branches if branch.get("type") != "null"]
+        if real and real[0].get("type") == "number":  # pydantic's decimal: a number, or its text
+            real = [branch for branch in real if branch.get("type") != "string"]
         ending = [branch for branch in real if _ref(branch) not in self._path]
-        nullable = len(real) < len(branches)
+        nullable = any(branch.get("type") == "null" for branch in branches)
         first: Found | None = None
         for branch in ending if ending or nullable else real:
             made = self.fit(branch, topic, nth)
@@ -144,7 +146,8 @@ class Fitter:
         made: dict[str, Any] = {}
         found = False
         for name, inner in properties.items():
-            if name not in required and self._too_deep(inner):
+            is_tag = not {"const", "enum"}.isdisjoint(_mapping(inner))  # it may tell a union apart
+            if name not in required and not is_tag and self._too_deep(inner):
                 continue
             about = f"{name} {_mapping(inner).get('description', '')}"
             value = self.fit(inner, about[:MAX_SPAN_CHARS], nth)
@@ -164,6 +167,8 @@ class Fitter:
         most = _size(schema, "maxItems", max(least, _LIST_LENGTH))
         if self._too_deep(items):
             most = least
+        elif self._is_object(items):  # a second one would repeat the first
+            most = min(most, max(least, 1))
         if (
             (label := self._inquiry.label(topic))
             and _kind(_mapping(items)) == "string"
@@ -188,6 +193,11 @@ class Fitter:
             if self._left < 0:
                 break
         return Found(made, found)
+
+    def _is_object(self, schema: object) -> bool:
+        shape = _mapping(schema)
+        name = _ref(shape)
+        return _kind(_mapping(self._definitions.get(name)) if name else shape) == "object"
 
     def _too_deep(self, schema: object) -> bool:
         """Whether to leave out what need not be there: it recurs, or lies deep."""
@@ -221,7 +231,10 @@ class Fitter:
     def _text(self, schema: Schema, topic: str, nth: int) -> Found:
         made = self._free_text(schema, topic, nth)
         least = min(_size(schema, "minLength", 0), MAX_TEXT_CHARS)
-        text = clip_text(made.value, _size(schema, "maxLength", MAX_TEXT_CHARS))
+        text = made.value
+        if schema.get("format") == "binary":  # whose bounds count bytes
+            text = text.encode("ascii", "ignore").decode("ascii")
+        text = clip_text(text, _size(schema, "maxLength", MAX_TEXT_CHARS))
         return Found(text + "." * (least - len(text)), made.found)
 
     def _free_text(self, schema: Schema, topic: str, nth: int) -> Found:

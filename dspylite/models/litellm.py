@@ -15,7 +15,7 @@ from typing import Any
 
 from dspylite.models.translate import read_chat_response, shows_secret, translate_error
 from dspylite.runtime.bridge import call_in_thread, running_library
-from dspylite.schema.messages import LMRequest, LMResponse, Usage
+from dspylite.schema.messages import LMRequest, LMResponse, Usage, is_secret
 
 DEFAULT_TIMEOUT_S = 300.0
 """Longest wait for one answer unless the LM says otherwise; litellm's own default is 6,000 s."""
@@ -43,13 +43,13 @@ def load_litellm() -> Any:
 
 def _secrets(arguments: Mapping[str, Any]) -> list[str]:
     """Return every string that no error may show: the call's own and the environment's."""
-    found = [arguments.get("api_key")]
-    found += [value for name, value in os.environ.items() if name.endswith("_API_KEY")]
-    for name in ("headers", "extra_headers", "default_headers"):
-        for value in dict(arguments.get(name) or {}).values():
-            found += [value, str(value).partition(" ")[2]]  # "Bearer" is no part of the secret
+    found: list[Any] = []
+    for name, value in (*arguments.items(), *os.environ.items()):
+        if is_secret(name):
+            found += value.values() if isinstance(value, Mapping) else [value]
     # A key read from a file may end in a line break, with which nobody would quote it.
-    return [secret.strip() for secret in found if isinstance(secret, str)]
+    texts = [value.strip() for value in found if isinstance(value, str)]
+    return texts + [text.partition(" ")[2] for text in texts]  # "Bearer" is no part of the secret
 
 
 @contextmanager

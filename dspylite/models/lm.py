@@ -5,15 +5,14 @@ Not here: what all models share (`models/base.py`), and the engines themselves.
 
 from __future__ import annotations
 
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspylite.abc import Engine, Io
 from dspylite.errors import LMConfigurationError, nearest
-from dspylite.models.base import BaseLM, ModelType
+from dspylite.models.base import BaseLM, ModelType, check_url
 from dspylite.models.litellm import LiteLLMChat
-from dspylite.models.offline import OFFLINE_MODEL, OfflineEngine
+from dspylite.models.offline import OFFLINE_MODEL, OFFLINE_PREFIX, OfflineEngine
 from dspylite.schema.messages import LMResponse, Message
 
 _NOT_IN_THIS_RUNTIME = frozenset(
@@ -89,7 +88,12 @@ class LM(BaseLM):
                 f"`model_type` must be 'chat', not {model_type!r}; other endpoints are not "
                 "supported yet."
             )
-        _check_url(kwargs.get("api_base") or kwargs.get("base_url"))
+        if str(model).startswith(OFFLINE_PREFIX) and model != OFFLINE_MODEL:
+            raise LMConfigurationError(
+                f"There is no offline model {model!r}. {nearest(model, [OFFLINE_MODEL])}"
+                f"`{OFFLINE_MODEL}` is the only one."
+            )
+        check_url(kwargs.get("api_base") or kwargs.get("base_url"))
         super().__init__(
             model, model_type, temperature, max_tokens, cache, callbacks, num_retries, **kwargs
         )
@@ -126,13 +130,3 @@ class OfflineLM(LM):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(OFFLINE_MODEL, **kwargs)
-
-
-def _check_url(url: Any) -> None:
-    if url is None:
-        return
-    parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
-    if parts is None or parts.scheme not in {"http", "https"} or not parts.netloc:
-        raise LMConfigurationError(
-            f"`api_base` must be a URL such as 'http://localhost:8000/v1', not {url!r}."
-        )

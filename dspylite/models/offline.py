@@ -20,6 +20,7 @@ def _load_reader() -> Callable[[Sequence[Message]], str]:
     return read_and_answer
 
 
+OFFLINE_PREFIX = "offline/"
 OFFLINE_MODEL = "offline/extractive"
 
 

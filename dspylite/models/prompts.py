@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from dspylite.schema.messages import Message
@@ -36,9 +36,13 @@ _LIST_ENDS = (
 )
 _TASK = re.compile(r"^Task: ", re.MULTILINE)
 
+_MADE_TASK = re.compile(  # made from the names of the fields, which say more by themselves
+    r"(?:Given (?:`\w+`,? )+produce|Produce) (?:`\w+`(?:, )?)+\."
+)
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
 _CHOICES_END = re.compile(
-    r"`(?=, or `null`|, (?:gt|ge|lt|le|multiple_of|min_length|max_length|pattern)=|\)(?: — |\s*\Z))"
+    r"`(?=, or `null`|, (?:gt|ge|lt|le|multiple_of|min_length|max_length|pattern)=|\)(?: — |$))",
+    re.MULTILINE,
 )
 _BOUND = re.compile(r"\s*,?\s*(gt|ge|lt|le|multiple_of|min_length|max_length|pattern)=")
 _NUMBER = re.compile(r"(?:Decimal\(')?([-+]?[\d.]{1,400}(?:e[-+]?\d{1,3})?)(?:'\))?")
@@ -74,6 +78,7 @@ _SCHEMA = "JSON of this schema: "
 _CHOICES = "exactly one of `"
 _NULL = ", or `null`"
 _DECODER = json.JSONDecoder()
+_DATE_END = re.compile(r"\)(?=,|\))|$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,26 +141,23 @@ def read_prompt(messages: Sequence[Message]) -> Prompt:
     """
     said = [(str(message.get("role")), _text_of(message)) for message in messages]
     system = "\n\n".join(text for role, text in said if role in {"system", "developer"})
-    users = [text for role, text in said if role == "user"] or [
-        *(text for _, text in said[-1:]),
-        "",
-    ][:1]
+    users = [text for role, text in said if role == "user"] or [said[-1][1] if said else ""]
     asking = next((text for text in reversed(users) if _reminded(text)[1]), users[-1]).rstrip()
     form, names = _reminded(asking)
     reminded = bool(names)
-    entries = _output_entries(system)
-    if not names:
-        names = list(entries)
-        form = (
-            "sections" if header(END) in system else "json" if "JSON object" in system else "text"
-        )
-    if form == "text" or not names:
+    if not reminded:
+        form = "json" if "JSON object" in system else "text"
+        form = "sections" if header(END) in system else form
+    listed = _read_outputs(system, names, typed_choices=form == "json")
+    wanted = [listed.get(name, Wanted(name=name)) for name in names] or list(listed.values())
+    if form == "text" or not wanted:
         return Prompt(form="text", inputs={"": asking}, earlier=tuple(users[:-1]))
     task = list(_TASK.finditer(system))
+    instructions = system[task[-1].end() :].strip() if task else ""
     return Prompt(
         form=form,
-        wanted=tuple(_wanted(name, entries.get(name, ""), form) for name in names),
-        instructions=system[task[-1].end() :].strip() if task else "",
+        wanted=tuple(wanted),
+        instructions="" if _MADE_TASK.fullmatch(instructions) else instructions,
         inputs=_read_inputs(asking, reminded=reminded),
     )
 
@@ -163,12 +165,17 @@ def read_prompt(messages: Sequence[Message]) -> Prompt:
 def _text_of(message: Message) -> str:
     content: object = message.get("content")
     if isinstance(content, str):
-        return content
+        return encodable(content)
     parts = cast("list[object]", content) if isinstance(content, list) else []
     texts = (
         cast("dict[str, object]", part).get("text") for part in parts if isinstance(part, dict)
     )
-    return "\n".join(text for text in texts if isinstance(text, str))
+    return encodable("\n".join(text for text in texts if isinstance(text, str)))
+
+
+def encodable(text: str) -> str:
+    """Drop halves of surrogate pairs, which no wire format and no file can carry."""
+    return text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def _reminded(text: str) -> tuple[Form, list[str]]:
@@ -181,37 +188,57 @@ def _reminded(text: str) -> tuple[Form, list[str]]:
     return "text", []
 
 
-def _output_entries(system: str) -> dict[str, str]:
-    """Take the list of outputs apart: what stands after "- `name` (", by name."""
+def _read_outputs(system: str, names: Sequence[str], *, typed_choices: bool) -> dict[str, Wanted]:
+    """Read the list of outputs: "- `name` (type: form) — desc" each.
+
+    Args:
+        system: The system message.
+        names: The outputs to look for; any if there are none.
+        typed_choices: Whether to give choices as the values they are, where text would not do.
+    """
     opening = _OUTPUTS.search(system)
     if opening is None:
         return {}
-    listed = system[opening.end() :]
-    ends = [place for mark in _LIST_ENDS if (place := listed.find(mark)) >= 0]
-    listed = listed[: min(ends, default=len(listed))]
-    marks = list(_ENTRY.finditer(listed))
-    stops = [mark.start() for mark in marks[1:]] + [len(listed)]
-    entries: dict[str, str] = {}
-    for mark, stop in zip(marks, stops, strict=True):
-        entries.setdefault(mark[1], listed[mark.end() : stop].strip())
-    return entries
+    ends = [place for mark in _LIST_ENDS if (place := system.find(mark, opening.end())) >= 0]
+    listed = system[opening.end() : min(ends, default=len(system))]
+    found: list[Wanted] = []
+    sought = set(names)
+    place = end = 0
+    while entry := _ENTRY.search(listed, place):
+        place = entry.end()
+        if names and entry[1] not in sought:
+            continue
+        sought.discard(entry[1])
+        if found:
+            found[-1] = replace(found[-1], desc=_desc(listed[end : entry.start()]))
+        type_name, start = _split_type(listed, place)
+        schema, as_json, end = _read_type(listed, start, type_name, typed_choices=typed_choices)
+        found.append(Wanted(name=entry[1], schema=schema, as_json=as_json))
+        place = end
+    if found:
+        found[-1] = replace(found[-1], desc=_desc(listed[end:]))
+    return {wanted.name: wanted for wanted in found}
 
 
-def _wanted(name: str, entry: str, form: Form) -> Wanted:
-    """Read one entry: "type: form) — desc"."""
-    type_name, rest = _split_type(entry)
-    schema, as_json, end = _read_form(type_name, rest, typed_choices=form == "json")
-    bounds, end = _read_bounds(rest, end)
-    nullable = rest.startswith(_NULL, end)
+def _desc(rest: str) -> str:
+    return rest.partition(") — ")[2].strip()
+
+
+def _read_type(
+    text: str, start: int, type_name: str, *, typed_choices: bool
+) -> tuple[dict[str, Any], bool, int]:
+    """Read a form with its bounds, and whether null will do, from a place on."""
+    schema, as_json, start = _read_form(text, start, type_name, typed_choices=typed_choices)
+    bounds, start = _read_bounds(text, start)
+    nullable = text.startswith(_NULL, start)
     if nullable:
-        more, end = _read_bounds(rest, end + len(_NULL))
+        more, start = _read_bounds(text, start + len(_NULL))
         bounds |= more
     schema = _bounded({**schema, **bounds}, bounds)
     if nullable:
         definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
         schema = {"anyOf": [schema, {"type": "null"}], **definitions}
-    _, _, desc = rest[end:].partition(") — ")
-    return Wanted(name=name, schema=schema, desc=desc.strip(), as_json=as_json)
+    return schema, as_json, start
 
 
 def _bounded(schema: dict[str, Any], bounds: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,12 +249,12 @@ def _bounded(schema: dict[str, Any], bounds: Mapping[str, Any]) -> dict[str, Any
     return schema
 
 
-def _split_type(entry: str) -> tuple[str, str]:
-    """Split "type: form) — desc" after the type, whose quoted parts may hold anything."""
-    place = depth = 0
-    while place < len(entry):
-        char = entry[place]
-        if char in "'\"" and (quoted := _QUOTED.match(entry, place)):
+def _split_type(text: str, start: int) -> tuple[str, int]:
+    """Read a type, whose quoted parts may hold anything; give it and the place of its form."""
+    place, depth = start, 0
+    while place < len(text):
+        char = text[place]
+        if char in "'\"" and (quoted := _QUOTED.match(text, place)):
             place = quoted.end()
             continue
         if char in "[(":
@@ -235,39 +262,40 @@ def _split_type(entry: str) -> tuple[str, str]:
         elif char == "]" or (char == ")" and depth):
             depth -= 1
         elif depth == 0 and char == ")":
-            return entry[:place], entry[place:]
-        elif depth == 0 and entry.startswith(": ", place):
-            return entry[:place], entry[place + 2 :]
+            return text[start:place], place
+        elif depth == 0 and text.startswith(": ", place):
+            return text[start:place], place + 2
         place += 1
-    return entry, ""
+    return text[start:], place
 
 
 def _read_form(
-    type_name: str, rest: str, *, typed_choices: bool
+    text: str, start: int, type_name: str, *, typed_choices: bool
 ) -> tuple[dict[str, Any], bool, int]:
     """Read the form of a value: its schema, whether it is written as JSON, and where it ends."""
-    if rest.startswith(_SCHEMA):
+    if text.startswith(_SCHEMA, start):
+        start += len(_SCHEMA)
         try:
-            schema, end = _DECODER.raw_decode(rest, len(_SCHEMA))
+            schema, end = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
-            return {}, True, len(_SCHEMA)
+            return {}, True, start
         return dict(cast("dict[str, Any]", schema)) if isinstance(schema, dict) else {}, True, end
-    if rest.startswith(_CHOICES):
-        start = len(_CHOICES)
-        closing = _CHOICES_END.search(rest, start)
-        stop = closing.start() if closing else len(rest)
-        choices: list[Any] = rest[start:stop].split("`, `")
-        end = min(stop + 1, len(rest))
-        if typed_choices and rest.startswith(_NULL, end):
+    if text.startswith(_CHOICES, start):
+        start += len(_CHOICES)
+        closing = _CHOICES_END.search(text, start)
+        stop = closing.start() if closing else len(text)
+        choices: list[Any] = text[start:stop].split("`, `")
+        end = min(stop + 1, len(text))
+        if typed_choices and text.startswith(_NULL, end):
             choices = [_typed(choice, type_name) for choice in choices]
         return {"enum": choices}, False, end
     for form, schema in _FORMS.items():
-        if rest.startswith(form):
-            return dict(schema), False, len(form)
-    if rest.startswith("JSON"):
-        return {}, True, len("JSON")
+        if text.startswith(form, start):
+            return dict(schema), False, start + len(form)
+    if text.startswith("JSON", start):
+        return {}, True, start + len("JSON")
     schema = _TYPES.get(type_name, {"type": "string"})
-    return dict(schema), schema.get("type") in {"array", "object"}, 0
+    return dict(schema), schema.get("type") in {"array", "object"}, start
 
 
 def _typed(choice: str, type_name: str) -> Any:
@@ -291,7 +319,7 @@ def _read_bounds(rest: str, start: int) -> tuple[dict[str, Any], int]:
         elif number := _NUMBER.match(rest, found.end()):
             value, start = _number(number[1]), number.end()
         else:  # a date, say, which JSON's schema has no bound for
-            stop = re.compile(r"\)(?=,|\))|$").search(rest, found.end())
+            stop = _DATE_END.search(rest, found.end())
             start = stop.end() if stop else len(rest)
             continue
         if value is not None:
@@ -316,7 +344,9 @@ def _unquote(text: str) -> str:
 
 def _read_inputs(content: str, *, reminded: bool) -> dict[str, Any]:
     """Read the sections of the user's message, without the paragraph that says what to write."""
-    body = content[: max(content.rfind("\n\n"), 0)] if reminded else content
+    end = content.rfind("\n\n") + 2 if "\n\n" in content else 0
+    only_tells = reminded and content.startswith(("Write ", "Respond "), end)
+    body = content[:end] if only_tells else content
     marks = list(_HEADER.finditer(body))
     if not marks:
         return {"": body} if body.strip() else {}

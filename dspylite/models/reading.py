@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from dspylite.models.evidence import Evidence, Inquiry, Match
 from dspylite.models.fitting import Fitter, clip_text
-from dspylite.models.prompts import END, Prompt, Wanted, fence, header, read_prompt
+from dspylite.models.prompts import END, Prompt, Wanted, encodable, fence, header, read_prompt
 from dspylite.models.sentences import MAX_SPAN_CHARS, Passage, clean, split_sentences, terms
 from dspylite.schema.messages import Message
 
@@ -30,6 +30,11 @@ _EVIDENCE_WORDS = frozenset(
 )
 _TITLE_KEYS = frozenset({"title", "heading", "name", "source", "url", "id", "path", "page"})
 _LABELLED_QUESTION = re.compile(r"(?:question|query|q)\s*:\s*", re.IGNORECASE)
+_LABELLED_TEXT = re.compile(
+    r"^(?:context|document|passage|text)s?:\s+", re.IGNORECASE | re.MULTILINE
+)
+_QUESTION_MARKS = ("?", "\uff1f")
+_SCALAR = re.compile(r"-?[\d.]+|true|false")
 _MAX_INPUT_DEPTH = 8
 
 
@@ -54,19 +59,19 @@ def read_and_answer(messages: Sequence[Message]) -> str:
         'Dogs bark at night.'
     """
     prompt = read_prompt(messages)
-    question, passages = _question_and_passages(prompt)
-    inquiry = Inquiry(question, prompt.instructions, Evidence(passages))
+    question, task, passages = _question_and_passages(prompt)
+    inquiry = Inquiry(question, task or prompt.instructions, Evidence(passages))
     if prompt.form == "text":
-        return _encodable(_answer_text(inquiry, ""))
+        return encodable(_answer_text(inquiry, ""))
     main = next((w.name for w in prompt.wanted if w.name not in _REASONING_NAMES), "")
     values = {wanted.name: _value(wanted, inquiry, main) for wanted in prompt.wanted}
     if prompt.form == "json":
-        return _encodable(json.dumps(values, ensure_ascii=False))
+        return encodable(json.dumps(values, ensure_ascii=False))
     parts = [
         f"{header(wanted.name)}\n{fence(_written(wanted, values[wanted.name]))}"
         for wanted in prompt.wanted
     ]
-    return _encodable("\n\n".join([*parts, header(END)]))
+    return encodable("\n\n".join([*parts, header(END)]))
 
 
 def _value(wanted: Wanted, inquiry: Inquiry, main: str) -> Any:
@@ -84,10 +89,11 @@ def _value(wanted: Wanted, inquiry: Inquiry, main: str) -> Any:
 
 
 def _written(wanted: Wanted, value: Any) -> str:
-    """Write a value into a section: a text as it is unless it would be read as JSON."""
+    """Write a value into a section: a text as it is, unless it would be taken for JSON."""
     if isinstance(value, str) and not wanted.as_json:
-        is_text = wanted.schema.get("type") == "string" or "enum" in wanted.schema
-        if is_text or not (value.startswith(("{", "[", '"')) or "```" in value):
+        branches = wanted.schema.get("anyOf")
+        is_choice = isinstance(branches, list) and "enum" in branches[0]
+        if not (is_choice and (value.startswith(("{", "[", '"')) or "```" in value)):
             return value
     return json.dumps(value, ensure_ascii=False)
 
@@ -119,7 +125,7 @@ def _reasoning(inquiry: Inquiry, main: str) -> str:
             f"The best match is in {where}: it shares {listed} with the question. I answer from it."
         )
     if matches[0].shared:
-        return f"No question is among the inputs. The sentence nearest to the task is in {where}."
+        return f"The sentence nearest to the task is in {where}. I answer from it."
     return f"No question is among the inputs, so I take the opening of {where}."
 
 
@@ -129,26 +135,25 @@ def _place(inquiry: Inquiry, match: Match) -> str:
     return f"passage {passage.number} of {source}" if passage.number else source
 
 
-def _question_and_passages(prompt: Prompt) -> tuple[str, list[Passage]]:
-    """Tell the question from what may answer it."""
-    inputs = dict(prompt.inputs)
-    if list(inputs) == [""]:
-        question, rest = _split_plain(str(inputs[""]), must_ask=prompt.form == "text")
-        passages = [Passage(text=text) for text in (rest, *reversed(prompt.earlier)) if text]
-        return question, passages
+def _question_and_passages(prompt: Prompt) -> tuple[str, str, list[Passage]]:
+    """Tell the question, or else the order given, from what may answer it."""
+    inputs = prompt.inputs
     asking = _asking(inputs)
-    passages = [p for name in inputs if name not in asking for p in _passages(name, inputs[name])]
+    others = [name for name in inputs if name not in asking]
     question = " ".join(clean(str(inputs[name])) for name in asking)
-    if not passages and asking:
-        name = asking[-1]
-        question, rest = _split_plain(str(inputs[name]), must_ask=True)
-        passages = [Passage(text=rest, source=name)] if rest else []
-    elif not asking and len(inputs) == 1:
-        ((name, value),) = inputs.items()
-        if isinstance(value, str):
-            question, rest = _split_plain(value, must_ask=False)
-            passages = [Passage(text=rest, source=name)] if rest else []
-    return question, passages
+    if asking and others:  # a number beside a question is an option, not evidence
+        others = [name for name in others if not _SCALAR.fullmatch(str(inputs[name])[:40])]
+    passages = [passage for name in others for passage in _passages(name, inputs[name])]
+    single = others if len(inputs) == 1 else [] if passages else asking[-1:]
+    if single and isinstance(text := inputs[name := single[0]], str):
+        must_ask = bool(asking) or prompt.form == "text"
+        question, rest = _split_plain(text, must_ask=must_ask)
+        passages = [
+            Passage(text=text, source=name) for text in (rest, *reversed(prompt.earlier)) if text
+        ]
+        if not name and passages and not question.endswith(_QUESTION_MARKS):
+            return "", question, passages
+    return question, "", passages
 
 
 def _asking(inputs: Mapping[str, Any]) -> list[str]:
@@ -178,13 +183,15 @@ def _split_plain(text: str, *, must_ask: bool) -> tuple[str, str]:
         text: A text in which question and evidence are not told apart.
         must_ask: Whether to take the first or last sentence for the question if none ends with "?".
     """
+    if must_ask:
+        text = _LABELLED_TEXT.sub("", text)
     paragraphs = [
         part for part in re.split(r"\n[ \t]*\n|\n(?=(?i:question|query)\s*:)", text) if part.strip()
     ]
     for place in range(len(paragraphs) - 1, -1, -1):
         sentences = split_sentences(clean(paragraphs[place]))
         for index in range(len(sentences) - 1, -1, -1):
-            if sentences[index].endswith(("?", "\uff1f")):
+            if sentences[index].endswith(_QUESTION_MARKS):
                 rest = [*paragraphs[:place], " ".join(sentences[:index] + sentences[index + 1 :])]
                 return _unlabelled(sentences[index]), "\n\n".join(
                     [*rest, *paragraphs[place + 1 :]]
@@ -241,8 +248,3 @@ def _lines(value: object, label: str, depth: int) -> Iterator[str]:
     else:
         text = value if isinstance(value, str) else json.dumps(value)
         yield f"{label}: {text}" if label else text
-
-
-def _encodable(text: str) -> str:
-    """Drop halves of surrogate pairs, which no wire format and no file could carry."""
-    return text.encode("utf-8", "ignore").decode("utf-8")

@@ -287,11 +287,11 @@ def is_true(inquiry: Inquiry, topic: str) -> tuple[bool, bool]:
     if label in {"true", "yes", "false", "no"}:
         return label in {"true", "yes"}, True
     matches = inquiry.find(topic)
-    if (mood := polarity(topic)) and not inquiry.question:
-        said = polarity(" ".join(inquiry.texts(topic)))
-        return mood * said > 0, said != 0
     if not inquiry.question:
-        return bool(matches and matches[0].shared), bool(matches)
+        mood, said = polarity(topic), polarity(" ".join(inquiry.texts(topic)))
+        if not mood and matches and matches[0].shared:
+            return True, True
+        return (mood or 1) * said > 0, said != 0
     if not matches:
         return False, False
     agrees = _negated(inquiry.question) == _negated(matches[0].span.text)

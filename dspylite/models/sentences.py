@@ -228,7 +228,7 @@ def _quality(sentence: str, *, leans: bool) -> float:
     if sentence[0].islower():  # the end of a sentence that was cut
         quality *= 0.7
     if leans or _DANGLING.match(sentence):
-        quality *= 0.8
+        quality *= 0.9
     if _CODE_NOISE.search(bare):
         quality *= 0.5
     if sum(char.isalpha() or char == " " for char in bare) < 0.7 * len(bare):
@@ -268,10 +268,7 @@ def _blocks(text: str) -> Iterator[tuple[str, str, float]]:
             yield from flush()
             below = lines[number + 1].strip() if number + 1 < len(lines) else ""
             if not _is_rule(line) and not _is_rule(below):
-                cells = [cell.strip() for cell in line.strip("|").split("|")]
-                row = clean(
-                    ": ".join(cell for cell in cells if not cell.replace(".", "").isdigit())
-                )
+                row = clean(_row_text(line))
                 yield row, f"{heading} {lead}".strip(), 0.6
         else:
             bullet = _BULLET.match(line)
@@ -307,6 +304,15 @@ def _code_lines(lines: list[str]) -> tuple[set[int], dict[int, str]]:
             if command and len(command) <= 100 and "`" not in command:
                 commands[above] = command
     return code, commands
+
+
+def _row_text(line: str) -> str:
+    """Give the wordiest cell of a table row, after the first cell if that names it."""
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    wordy = max(cells, key=lambda cell: cell.count(" "))
+    first = cells[0]
+    is_name = first != wordy and len(first) <= 60 and sum(char.isalpha() for char in first) > 2
+    return f"{first}: {wordy}" if is_name else wordy
 
 
 def _is_rule(line: str) -> bool:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, TypeVar, overload
+from typing import Any, ClassVar, Literal, Self, TypeVar, Unpack, overload
 
 from dspylite.abc import Io, LanguageModel
 from dspylite.concurrency.outcome import Outcome
-from dspylite.concurrency.parallel import OnError, Parallel
-from dspylite.concurrency.run import Progress
+from dspylite.concurrency.parallel import BatchOptions, Parallel
 from dspylite.errors import LMConfigurationError, ModuleError
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
@@ -112,16 +111,10 @@ class Module:
         examples: Iterable[Any],
         num_threads: int | None = ...,
         max_errors: int | None = ...,
-        return_failed_examples: Literal[False] = ...,
-        provide_traceback: bool | None = ...,
-        disable_progress_bar: bool = ...,
-        timeout: float = ...,
-        straggler_limit: int = ...,
         *,
+        return_failed_examples: Literal[False] = ...,
         on_error: Literal["raise"] = ...,
-        timeout_s: float | None = ...,
-        total_timeout_s: float | None = ...,
-        progress: bool | Progress = ...,
+        **options: Unpack[BatchOptions],
     ) -> list[T]: ...
 
     @overload
@@ -130,16 +123,9 @@ class Module:
         examples: Iterable[Any],
         num_threads: int | None = ...,
         max_errors: int | None = ...,
-        return_failed_examples: Literal[False] = ...,
-        provide_traceback: bool | None = ...,
-        disable_progress_bar: bool = ...,
-        timeout: float = ...,
-        straggler_limit: int = ...,
         *,
         on_error: Literal["return"],
-        timeout_s: float | None = ...,
-        total_timeout_s: float | None = ...,
-        progress: bool | Progress = ...,
+        **options: Unpack[BatchOptions],
     ) -> list[Outcome[T]]: ...
 
     @overload
@@ -150,49 +136,15 @@ class Module:
         max_errors: int | None = ...,
         *,
         return_failed_examples: Literal[True],
-        provide_traceback: bool | None = ...,
-        disable_progress_bar: bool = ...,
-        timeout: float = ...,
-        straggler_limit: int = ...,
-        on_error: OnError = ...,
-        timeout_s: float | None = ...,
-        total_timeout_s: float | None = ...,
-        progress: bool | Progress = ...,
+        **options: Unpack[BatchOptions],
     ) -> tuple[list[T | None], list[Any], list[BaseException]]: ...
-
-    @overload
-    def batch(
-        self,
-        examples: Iterable[Any],
-        num_threads: int | None = ...,
-        max_errors: int | None = ...,
-        return_failed_examples: bool = ...,
-        provide_traceback: bool | None = ...,
-        disable_progress_bar: bool = ...,
-        timeout: float = ...,
-        straggler_limit: int = ...,
-        *,
-        on_error: OnError = ...,
-        timeout_s: float | None = ...,
-        total_timeout_s: float | None = ...,
-        progress: bool | Progress = ...,
-    ) -> Any: ...
 
     def batch(
         self,
         examples: Iterable[Any],
         num_threads: int | None = None,
         max_errors: int | None = None,
-        return_failed_examples: bool = False,
-        provide_traceback: bool | None = None,
-        disable_progress_bar: bool = False,
-        timeout: float = 120,
-        straggler_limit: int = 3,
-        *,
-        on_error: OnError = "raise",
-        timeout_s: float | None = None,
-        total_timeout_s: float | None = None,
-        progress: bool | Progress = False,
+        **options: Any,
     ) -> Any:
         """Run the program over many inputs on several threads; results in input order.
 
@@ -200,37 +152,24 @@ class Module:
             examples: Inputs, each an `Example` with inputs, a dict of keywords or a tuple of
                 positional arguments; read only as threads become free.
             num_threads: Threads. None: `settings.num_threads`.
-            max_errors: As in `Parallel`.
-            return_failed_examples: As in `Parallel`.
-            provide_traceback: As in `Parallel`.
-            disable_progress_bar: As in `Parallel`.
-            timeout: Accepted from DSPy programs; no effect.
-            straggler_limit: Accepted from DSPy programs; no effect.
-            on_error: `"raise"` a `BatchError` that keeps all results, or `"return"` outcomes.
-            timeout_s: Wall time of one item, in seconds.
-            total_timeout_s: Wall time of the whole batch, in seconds.
-            progress: As in `Parallel`.
+            max_errors: Failures after which no further item is taken. None: as the settings say.
+            **options: What else `Parallel` takes: `on_error`, `timeout_s`, `total_timeout_s`,
+                `progress`, `return_failed_examples` and so on.
 
         Returns:
-            One result per input, in input order.
+            One result per input, in input order; with `on_error="return"` one `Outcome` per input.
 
         Raises:
             BatchError: An item failed; it keeps what finished.
+
+        Example:
+            >>> class Double(Module):
+            ...     def forward(self, x: int) -> int:
+            ...         return 2 * x
+            >>> Double().batch([{"x": 1}, {"x": 2}], num_threads=2)
+            [2, 4]
         """
-        return Parallel(
-            num_threads,
-            max_errors,
-            True,  # examples are passed by their inputs
-            return_failed_examples,
-            provide_traceback,
-            disable_progress_bar,
-            timeout,
-            straggler_limit,
-            on_error=on_error,
-            timeout_s=timeout_s,
-            total_timeout_s=total_timeout_s,
-            progress=progress,
-        ).over(self, examples)
+        return Parallel(num_threads, max_errors, **options).over(self, examples)
 
     @overload
     async def abatch(
@@ -239,10 +178,9 @@ class Module:
         num_threads: int | None = ...,
         max_errors: int | None = ...,
         *,
+        return_failed_examples: Literal[False] = ...,
         on_error: Literal["raise"] = ...,
-        timeout_s: float | None = ...,
-        total_timeout_s: float | None = ...,
-        progress: bool | Progress = ...,
+        **options: Unpack[BatchOptions],
     ) -> list[T]: ...
 
     @overload
@@ -253,44 +191,29 @@ class Module:
         max_errors: int | None = ...,
         *,
         on_error: Literal["return"],
-        timeout_s: float | None = ...,
-        total_timeout_s: float | None = ...,
-        progress: bool | Progress = ...,
+        **options: Unpack[BatchOptions],
     ) -> list[Outcome[T]]: ...
 
     @overload
     async def abatch(
-        self,
+        self: Callable[..., T],
         examples: Iterable[Any] | AsyncIterable[Any],
         num_threads: int | None = ...,
         max_errors: int | None = ...,
         *,
-        on_error: OnError = ...,
-        timeout_s: float | None = ...,
-        total_timeout_s: float | None = ...,
-        progress: bool | Progress = ...,
-    ) -> Any: ...
+        return_failed_examples: Literal[True],
+        **options: Unpack[BatchOptions],
+    ) -> tuple[list[T | None], list[Any], list[BaseException]]: ...
 
     async def abatch(
         self,
         examples: Iterable[Any] | AsyncIterable[Any],
         num_threads: int | None = None,
         max_errors: int | None = None,
-        *,
-        on_error: OnError = "raise",
-        timeout_s: float | None = None,
-        total_timeout_s: float | None = None,
-        progress: bool | Progress = False,
+        **options: Any,
     ) -> Any:
         """Run the program over many inputs as tasks of this event loop; otherwise as `batch`."""
-        return await Parallel(
-            num_threads,
-            max_errors,
-            on_error=on_error,
-            timeout_s=timeout_s,
-            total_timeout_s=total_timeout_s,
-            progress=progress,
-        ).aover(self, examples)
+        return await Parallel(num_threads, max_errors, **options).aover(self, examples)
 
     # -- parts ------------------------------------------------------------------------------------
 

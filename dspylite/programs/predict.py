@@ -5,6 +5,7 @@ Not here: prompts and answers as text (`adapters/`), and the call to the model (
 
 from __future__ import annotations
 
+import functools
 import logging
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, overload
 
 from dspylite.abc import Adapter, Io, LanguageModel
 from dspylite.adapters.sections import ChatAdapter
+from dspylite.adapters.values import check_readable
 from dspylite.errors import (
     AdapterParseError,
     InputFieldError,
@@ -131,7 +133,7 @@ class Predict(Typed[P, S]):
         self, signature: Any, callbacks: Sequence[Any] | None = None, **config: Any
     ) -> None:
         super().__init__(callbacks)
-        self.signature = ensure_signature(signature, config.pop("instructions", None))
+        self.signature = _usable_signature(signature, config.pop("instructions", None))
         self.config = config
         self.reset()
 
@@ -172,9 +174,7 @@ class Predict(Typed[P, S]):
             for name in _OVERRIDES
             if name in kwargs and name not in self.signature.input_fields
         }
-        signature = self.signature
-        if "signature" in overrides:
-            signature = ensure_signature(overrides["signature"])
+        signature = _usable_signature(overrides.get("signature", self.signature))
         inputs = _checked_inputs(
             signature, args, {k: v for k, v in kwargs.items() if k not in overrides}
         )
@@ -328,6 +328,18 @@ def _warn_of_type(field: Field, value: Any) -> None:
         field.type_name,
         type(value).__name__,
     )
+
+
+def _usable_signature(given: Any, instructions: str | None = None) -> type[Signature]:
+    signature = ensure_signature(given, instructions)
+    _check_outputs(signature)
+    return signature
+
+
+@functools.lru_cache(maxsize=1024)  # a program may build its predictors anew for each request
+def _check_outputs(signature: type[Signature]) -> None:
+    for field in signature.output_fields.values():
+        check_readable(field)
 
 
 def _usable(lm: Any) -> LanguageModel:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspylite.runtime.settings import overlay_with, settings
-from dspylite.schema.messages import LMResponse, Message, Usage
+from dspylite.schema.messages import LMResponse, Message, Usage, without_secrets
 
 
 class UsageTracker:
@@ -154,9 +154,6 @@ def recording_in(history: History) -> Generator[None, None, None]:
             pass  # left in another context: what was set ended with the context it was set in
 
 
-_PRIVATE_PARAMS = frozenset({"api_key", "headers", "extra_headers", "default_headers"})
-
-
 def record_call(
     *,
     model: str,
@@ -176,7 +173,7 @@ def record_call(
         messages=messages,
         outputs=tuple(output.text for output in response.outputs),
         usage=response.usage.as_dict(),
-        kwargs={name: value for name, value in params.items() if name not in _PRIVATE_PARAMS},
+        kwargs=without_secrets(params),
     )
     for history in (*histories, *_OPEN.get()):
         history.add(entry)

@@ -140,8 +140,8 @@ def check_name(name: str, where: str) -> None:
     """
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
         raise SignatureError(
-            f"`{_shown(name)}` cannot be the name of a field (in `{where}`): use a Python identifier "
-            "that is no keyword and does not start with an underscore."
+            f"`{_shown(name)}` cannot be the name of a field (in `{where}`): use a Python "
+            "identifier that is no keyword and does not start with an underscore."
         )
 
 
@@ -234,8 +234,8 @@ def _default(node: ast.expr, text: str) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise SignatureError(
-            f"The default `{_shown(ast.unparse(node))}` in `{text}` is not a literal; use a number, a "
-            "string, a list of these and the like, or a class signature with "
+            f"The default `{_shown(ast.unparse(node))}` in `{text}` is not a literal; use a "
+            "number, a string, a list of these and the like, or a class signature with "
             "`InputField(default=...)`."
         ) from None
 

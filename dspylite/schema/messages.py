@@ -5,11 +5,31 @@ Not here: how a prompt is written (`adapters/`) or sent (`models/`).
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+_SECRET_NAME = re.compile(r"(^|_)(key|token|secret|password|credentials|headers)$", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=512)  # asked for each parameter of each call
+def is_secret(name: str) -> bool:
+    """Tell by its name whether a request parameter holds what nobody may see.
+
+    Example:
+        >>> [is_secret(name) for name in ("api_key", "extra_headers", "max_tokens")]
+        [True, True, False]
+    """
+    return _SECRET_NAME.search(name) is not None
+
+
+def without_secrets(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that may be shown."""
+    return {name: value for name, value in params.items() if not is_secret(name)}
 
 
 class Message(TypedDict):
@@ -35,6 +55,10 @@ class LMRequest:
     model: str
     messages: Sequence[Message]
     params: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __repr__(self) -> str:
+        params = without_secrets(self.params)
+        return f"LMRequest(model={self.model!r}, messages={self.messages!r}, params={params!r})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,8 @@ class Example:
         copy.__dict__["_store"] = {**self._store, **values}
         return copy
 
+    __copy__ = copy  # `copy.copy` would share the values' dict
+
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of `key`, or `default`."""
         return self._store.get(key, default)
@@ -168,10 +170,15 @@ def _plain(value: Any) -> Any:
 
 
 def _hashable(value: Any) -> Any:
+    """Give something that hashes equally for equal values, also for those that cannot be hashed."""
+    if isinstance(value, Mapping):
+        return frozenset((key, _hashable(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_hashable(item) for item in value)
     try:
         hash(value)
     except TypeError:
-        return repr(value)
+        return frozenset(value) if isinstance(value, set) else type(value).__name__
     return value
 
 
@@ -210,7 +217,7 @@ class Completions:
             return self._columns[key]
         if not -len(self) <= key < len(self):
             raise IndexError(f"There are {len(self)} completions, no number {key}.")
-        return Prediction(**{name: values[key] for name, values in self._columns.items()})
+        return Prediction({name: values[key] for name, values in self._columns.items()})
 
     def __getattr__(self, name: str) -> list[Any]:
         if name.startswith("_"):

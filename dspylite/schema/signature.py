@@ -72,9 +72,10 @@ def _field(
     for name in constraints:
         if name not in CONSTRAINTS:
             call = "InputField" if kind == "input" else "OutputField"
+            default = ["default"] if kind == "input" else []
+            known = ["desc", "prefix", *default, *sorted(CONSTRAINTS)]
             raise SignatureError(
-                f"`{call}` takes no `{name}`. {nearest(name, CONSTRAINTS)}"
-                f"It takes desc, prefix, default and {', '.join(sorted(CONSTRAINTS))}."
+                f"`{call}` takes no `{name}`. {nearest(name, known)}It takes {', '.join(known)}."
             )
     return Field(
         kind=kind, desc=desc, prefix=prefix, default=default, constraints=tuple(constraints.items())
@@ -183,6 +184,11 @@ class SignatureMeta(type):
                 )
         for key, field in own.items():
             check_name(key, name)
+            if isinstance(hints.get(key), Field):  # Python assigns first and annotates then
+                raise SignatureError(
+                    f"The field `{name}.{key}` has the name of its type, which it hides; rename "
+                    "the field, or import the type by another name."
+                )
             fields[key] = _named(field, key, hints.get(key, str))
         doc = body.get("__doc__")
         cls.__instructions__ = inspect.cleandoc(doc) if doc and fields else None
@@ -421,14 +427,15 @@ def ensure_signature(signature: Any, instructions: str | None = None) -> type[Si
     Raises:
         SignatureError: It is neither a signature class nor a text nor a dict of fields.
     """
+    found: type[Signature]
     if not isinstance(signature, SignatureMeta):
-        return make_signature(signature, instructions)
-    if not signature.output_fields:
-        raise SignatureError(
-            f"`{signature.__name__}` has no outputs; add one with `OutputField()`."
-        )
-    found = typing.cast("type[Signature]", signature)
-    return found if instructions is None else found.with_instructions(instructions)
+        found = make_signature(signature, instructions)
+    else:
+        found = typing.cast("type[Signature]", signature)
+        found = found if instructions is None else found.with_instructions(instructions)
+    if not found.output_fields:
+        raise SignatureError(f"`{found.__name__}` has no outputs; add one with `OutputField()`.")
+    return found
 
 
 def _build_from_text(

@@ -109,7 +109,7 @@ def it_survives_bind_and_pools(pool: dspy.ThreadPoolExecutor) -> None:
     assert_type(dspy.syncify(dspy.Predict(QA))(question="x").answer, str)
 
 
-async def it_survives_batch(*, keep: bool) -> None:
+async def it_survives_batch() -> None:
     predict = dspy.Predict(QA)
     inputs = [{"question": "x"}]
     assert_type(predict.batch(inputs), list[QA])
@@ -120,7 +120,6 @@ async def it_survives_batch(*, keep: bool) -> None:
         predict.batch(inputs, return_failed_examples=True),
         tuple[list[QA | None], list[Any], list[BaseException]],
     )
-    assert_type(predict.batch(inputs, return_failed_examples=keep), Any)
     assert_type(await predict.abatch(inputs), list[QA])
     assert_type(await predict.abatch(inputs, on_error="return"), list[dspy.Outcome[QA]])
     print(predict.batch(inputs)[0].nope)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]

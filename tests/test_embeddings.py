@@ -1,0 +1,206 @@
+"""`Embeddings`: a float32 block that is sliced, compared, pickled and shared with numpy.
+
+Not here: making the vectors (`test_embedder.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspylite import Embeddings, EmbeddingShapeError, EmbeddingValueError
+
+ROWS = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
+
+float32 = st.floats(allow_nan=False, allow_infinity=False, width=32)
+tables = st.integers(1, 5).flatmap(
+    lambda dim: st.lists(st.lists(float32, min_size=dim, max_size=dim), min_size=1, max_size=8)
+)
+
+
+@pytest.fixture
+def block() -> Embeddings:
+    return Embeddings.from_rows(ROWS)
+
+
+# --- Reading -----------------------------------------------------------------------------------
+
+
+@given(tables)
+def test_rows_come_back_exactly_and_in_order(rows: list[list[float]]) -> None:
+    """float32 in, the same float32 out, whatever the shape."""
+    made = Embeddings.from_rows(rows)
+    assert made.tolist() == rows
+    assert [row.tolist() for row in made] == rows
+    assert made.shape == (len(rows), len(rows[0])) == (len(made), made.dim)
+
+
+@given(tables, st.data())
+def test_index_and_slice_do_what_those_of_a_list_do(
+    rows: list[list[float]], data: st.DataObject
+) -> None:
+    """No slice, forwards or backwards, may be off by one row."""
+    made = Embeddings.from_rows(rows)
+    index = data.draw(st.integers(-len(rows), len(rows) - 1))
+    assert made[index].tolist() == rows[index]
+    bounds = st.none() | st.integers(-12, 12)
+    step = data.draw(st.none() | st.integers(-4, 4).filter(bool))
+    part = slice(data.draw(bounds), data.draw(bounds), step)
+    assert made[part].tolist() == rows[part]
+    assert made[part].dim == len(rows[0])
+
+
+@pytest.mark.parametrize("index", [4, -5, 99])
+def test_row_that_is_not_there_is_an_index_error(block: Embeddings, index: int) -> None:
+    """Iteration and `in` rely on it."""
+    with pytest.raises(IndexError, match="There are 4 vectors"):
+        block[index]
+
+
+def test_no_rows_are_a_block_of_none() -> None:
+    """Nothing to embed is no error."""
+    empty = Embeddings.from_rows([])
+    assert (empty.shape, empty.tolist(), list(empty)) == ((0, 0), [], [])
+
+
+def test_repr_shows_the_shape_and_not_a_million_numbers(block: Embeddings) -> None:
+    """A block is printed by accident often enough."""
+    assert repr(block) == "Embeddings(shape=(4, 2))"
+
+
+def test_bytes_are_raw_float32(block: Embeddings) -> None:
+    """What is stored is what any other program reads."""
+    assert block.tobytes() == array("f", [1, 2, 3, 4, 5, 6, 7, 8]).tobytes()
+
+
+def test_dot_is_the_product_with_each_row(block: Embeddings) -> None:
+    """Search without numpy needs no more; a row of another block is a vector too."""
+    assert block.dot([1.0, 0.5]) == [2.0, 5.0, 8.0, 11.0]
+    assert block.dot(block[0]) == [5.0, 11.0, 17.0, 23.0]
+
+
+def test_dot_with_another_dimension_is_refused(block: Embeddings) -> None:
+    """Vectors of two models must not be compared."""
+    with pytest.raises(EmbeddingShapeError, match="3 dimensions does not match rows of 2"):
+        block.dot([1.0, 2.0, 3.0])
+
+
+# --- Memory ------------------------------------------------------------------------------------
+
+
+def test_numpy_shares_the_memory(block: Embeddings) -> None:
+    """A million vectors are not copied to be searched."""
+    matrix = np.asarray(block)
+    assert (matrix.dtype, matrix.shape) == (np.float32, (4, 2))
+    assert matrix.tolist() == ROWS
+    matrix[1, 0] = 99
+    assert block[1].tolist() == [99, 4]
+
+
+def test_rows_and_slices_share_the_memory(block: Embeddings) -> None:
+    """Reading a row or a range copies nothing."""
+    row, part, matrix = block[2], block[1:3], np.asarray(block)
+    matrix[2] = [50, 60]
+    assert row.tolist() == [50, 60]
+    assert part.tolist() == [[3, 4], [50, 60]]
+    assert np.shares_memory(np.asarray(part), matrix)
+
+
+def test_numpy_keeps_the_memory_alive() -> None:
+    """The array must not read freed memory when the block is gone."""
+    matrix = np.asarray(Embeddings.from_rows(ROWS))
+    assert matrix.tolist() == ROWS
+
+
+def test_empty_block_is_an_empty_array() -> None:
+    """numpy reads the interface of a block without memory too."""
+    assert np.asarray(Embeddings.from_rows([])).shape == (0, 0)
+
+
+TWINS: dict[str, Callable[[Any], Any]] = {
+    "pickle": lambda block: pickle.loads(pickle.dumps(block)),
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("twin_of", list(TWINS.values()), ids=list(TWINS))
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3), slice(None, None, -2), slice(0, 0)])
+def test_twin_is_equal_and_has_memory_of_its_own(
+    block: Embeddings, part: slice, twin_of: Callable[[Any], Any]
+) -> None:
+    """A block goes to worker processes and back, a slice of it without the rest."""
+    original = block[part]
+    twin = twin_of(original)
+    assert twin == original
+    assert twin.shape == original.shape
+    assert not np.shares_memory(np.asarray(twin), np.asarray(block))
+
+
+def test_pickle_is_as_large_as_the_numbers() -> None:
+    """4 bytes a number, whatever part of a block it is."""
+    large = Embeddings.from_rows([[float(i)] * 100 for i in range(100)])
+    assert len(pickle.dumps(large)) < 40_000 + 200
+    assert len(pickle.dumps(large[:1])) < 400 + 200
+
+
+def test_equality_is_of_shape_and_values(block: Embeddings) -> None:
+    """The same numbers in another shape are other vectors."""
+    assert block == Embeddings.from_rows(ROWS)
+    assert block != Embeddings.from_rows([[1, 2, 3, 4], [5, 6, 7, 8]])
+    assert block != Embeddings.from_rows([*ROWS[:3], [7, 9]])
+    assert block != ROWS
+
+
+def test_block_cannot_be_hashed(block: Embeddings) -> None:
+    """Its memory can change under a dict."""
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(block)
+
+
+# --- What is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad", [math.nan, math.inf, -math.inf, None, "1.0", [1.0], 1e300], ids=repr
+)
+def test_value_that_is_no_float32_is_refused_with_its_row(bad: object) -> None:
+    """One NaN poisons every comparison, and nobody sees where it came from."""
+    with pytest.raises(EmbeddingValueError, match="text 2") as caught:
+        Embeddings.from_rows([[1, 2], [3, 4], [5, bad]])  # type: ignore[list-item]
+    assert caught.value.index == 2
+
+
+@pytest.mark.parametrize("row", [[5.0], [5.0, 6.0, 7.0], [], None, 5.0, "56", b"56"], ids=repr)
+def test_row_of_another_shape_is_refused_with_its_number(row: object) -> None:
+    """A short row would shift all that follow."""
+    with pytest.raises(EmbeddingShapeError, match="text 2") as caught:
+        Embeddings.from_rows([[1, 2], [3, 4], row])  # type: ignore[list-item]
+    assert caught.value.index == 2
+
+
+def test_numbers_that_are_no_rows_are_refused() -> None:
+    """7 numbers are no rows of 2, doubles are no float32, and rows have a length."""
+    with pytest.raises(EmbeddingShapeError, match="not rows of 2"):
+        Embeddings(array("f", range(7)), 2)
+    with pytest.raises(EmbeddingShapeError, match="format 'd'"):
+        Embeddings(array("d", range(8)), 2)
+    with pytest.raises(EmbeddingShapeError, match="not rows of 0"):
+        Embeddings(array("f", range(8)), 0)
+    with pytest.raises(EmbeddingShapeError, match="not rows of -2"):
+        Embeddings(array("f", range(8)), -2)
+
+
+def test_rows_may_be_arrays() -> None:
+    """numpy's rows, arrays and tuples are rows of numbers."""
+    assert Embeddings.from_rows(np.array(ROWS, dtype=np.float64)).tolist() == ROWS
+    assert Embeddings.from_rows(array("f", row) for row in ROWS).tolist() == ROWS
+    assert Embeddings.from_rows(tuple(map(tuple, ROWS))).tolist() == ROWS

@@ -1,0 +1,57 @@
+"""The progress bar: drawn on a terminal's stderr, nowhere else."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+BATCH = """
+import dspylite as dspy
+print(dspy.Parallel(num_threads=2, progress=True)([(abs, (-x,)) for x in range(7)]))
+"""
+
+WITHOUT_RICH = """
+import sys
+sys.modules["rich"] = None
+"""
+
+
+def run_on_terminal(code: str) -> tuple[int, str, str]:
+    """Run code with a terminal as stderr; return exit code, stdout and what the terminal got."""
+    outer, inner = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=inner,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+    )
+    os.close(inner)
+    shown = b""
+    try:
+        while chunk := os.read(outer, 4096):
+            shown += chunk
+    except OSError:  # Linux says so when the other end is closed
+        pass
+    os.close(outer)
+    out, _ = process.communicate(timeout=20)
+    return process.returncode, out.decode(), shown.decode()
+
+
+def test_a_bar_is_drawn_on_the_terminal_and_stdout_stays_clean() -> None:
+    """A program's output can be piped while its user watches the bar."""
+    code, out, shown = run_on_terminal(BATCH)
+    assert (code, out) == (0, "[0, 1, 2, 3, 4, 5, 6]\n")
+    assert "7/7" in shown
+
+
+def test_without_rich_the_error_says_what_to_install() -> None:
+    """The bar is an extra."""
+    code, _, shown = run_on_terminal(WITHOUT_RICH + BATCH)
+    assert code == 1
+    assert "pip install dspylite[progress]" in shown
