@@ -136,9 +136,10 @@ def test_wrong_number_of_rows_is_an_error(vectors: Any, server: FakeServer) -> N
         hosted(server).embed(["a", "b", "c"])
 
 
-def test_row_with_an_index_twice_is_an_error(server: FakeServer) -> None:
-    """Three rows for three texts are not enough if one of them is a second answer to the first."""
-    rows = [{"embedding": [1.0], "index": index} for index in (0, 0, 2)]
+@pytest.mark.parametrize("indices", [(0, 0, 2), (0, 1, 2, 2)], ids=str)
+def test_index_sent_twice_is_an_error(indices: tuple[int, ...], server: FakeServer) -> None:
+    """Nobody knows which of two vectors for one text is meant."""
+    rows = [{"embedding": [1.0], "index": index} for index in indices]
     server.script(Reply(body=json.dumps({"object": "list", "data": rows, "model": "m"})))
     with pytest.raises(EmbeddingShapeError, match="indices"):
         hosted(server).embed(["a", "b", "c"])

@@ -119,7 +119,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
 def test_error_is_carried_whole(cls: type[DSPyError], carrier: str) -> None:
-    """An error that does not survive its journey kills the pool that carries it."""
+    """An error that does not survive its journey kills the pool that carries it (B 7.1)."""
     error = sample(cls)
     assert facts(CARRIERS[carrier](error)) == facts(error)
 
@@ -137,7 +137,7 @@ def test_error_returned_by_a_process_is_whole(
 def test_error_raised_in_a_process_is_whole_and_the_pool_lives_on(
     cls: type[DSPyError], pool: ProcessPoolExecutor
 ) -> None:
-    """One upstream failure in a worker must never take the other tasks of the pool with it."""
+    """One upstream failure in a worker must never take the pool's other tasks with it (B 7.1)."""
     error = sample(cls)
     failing: Outcome[Any] = Outcome(index=0, ok=False, error=error)
     with pytest.raises(cls) as raised:

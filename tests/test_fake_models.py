@@ -62,7 +62,7 @@ def test_answer_in_a_list_may_be_a_function() -> None:
     assert [lm("a"), lm("b")] == [["one"], ["B"]]
 
 
-@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter()], ids=repr)
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter()], ids=["chat", "JSON"])
 def test_dict_is_written_in_the_form_of_the_adapter(adapter: Any) -> None:
     """A test names outputs and their values, and not the text that a model would write."""
     lm = FakeLM([{"answer": "yes", "score": 0.5, "tags": ["a", "b"]}], adapter=adapter)

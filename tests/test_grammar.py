@@ -356,7 +356,7 @@ def test_any_sequence_of_pieces_is_read_or_refused(pieces: list[str]) -> None:
 
 
 def test_32_threads_parse_200_signatures_at_once() -> None:
-    """`ast.parse` fails at random in threads on CPython 3.11; the parser must not pass that on."""
+    """`ast.parse` fails at random in threads on CPython 3.11; nobody may see that (B 7.8)."""
     threads, texts = 32, [f"a{n}: list[str], b -> c{n}: Literal['x', {n}]" for n in range(200)]
     grammar._parse_text.cache_clear()
     barrier = threading.Barrier(threads, timeout=30)

@@ -5,6 +5,7 @@ Not here: which error a failure becomes (`test_translate.py`).
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from dspylite.errors import (
     LMRateLimitError,
     LMServerError,
 )
+from dspylite.models.litellm import load_litellm
 from dspylite.programs.predict import Predict
 from dspylite.testing import FakeClock, FakeServer, Reply
 
@@ -46,6 +48,15 @@ def running() -> Iterator[FakeServer]:
         for key in (KEY, *TENANTS.values()):
             lm_of(server, api_key=key)("warm-up")
         yield server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sockets() -> Iterator[None]:
+    """Close litellm's sockets at the session's end, so that no warning follows its summary."""
+    yield
+    for client in load_litellm().in_memory_llm_clients_cache.cache_dict.values():
+        if not inspect.iscoroutinefunction(client.close):
+            client.close()
 
 
 @pytest.fixture

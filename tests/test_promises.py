@@ -7,7 +7,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "reference" / "promises.md").read_text("utf-8")
-ROWS = {row[1]: row[3] for row in re.finditer(r"^\| (\w+(?:\.\d+)?) \| (.+) \| (.+) \|$", PAGE, re.M)}
+ROW = re.compile(r"^\| (\w+(?:\.\d+)?) \| (.+) \| (.+) \|$", re.MULTILINE)
+ROWS = {row[1]: row[3] for row in ROW.finditer(PAGE)}
 NAMED = re.compile(r"\bB (\d+(?:\.\d+)?[A-Z]?)\b")
 
 

@@ -249,6 +249,9 @@ def test_predictions_compare_by_score() -> None:
     assert high >= low
     assert low < 1 <= high
     assert max([low, high]) is high
+    assert low <= Prediction(score=0.5) >= low
+    assert not low < Prediction(score=0.5)
+    assert not low > Prediction(score=0.5)
 
 
 @pytest.mark.parametrize(

@@ -440,7 +440,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("traveller", TRAVELLERS)
 def test_signature_survives_its_journey(traveller: str, carrier: str) -> None:
-    """Programs are pickled to processes and copied by optimisers, with their signatures in them."""
+    """Programs are pickled to processes and copied by optimisers, signatures and all (B 7.2)."""
     signature = TRAVELLERS[traveller]()
     twin = CARRIERS[carrier](signature)
     assert twin.equals(signature)

@@ -408,9 +408,9 @@ def test_key_that_starts_like_another_is_not_shown(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blotting out the shorter one first would leave the tail of the longer one."""
-    monkeypatch.setenv("SHORT_API_KEY", KEY[:12])
+    monkeypatch.setenv("LONGER_API_KEY", KEY)
     server.script(Reply(status=401, text=f"bad key {KEY}"))
-    assert KEY[12:] not in everything_shown(failure(lm_of(server)))
+    assert KEY[12:] not in everything_shown(failure(lm_of(server, api_key=KEY[:12])))
 
 
 def test_key_that_cannot_be_sent_is_not_shown(server: FakeServer) -> None:

@@ -230,7 +230,7 @@ def test_any_json_value_is_read_back_equal(value: Any) -> None:
 def test_answer_cut_at_any_byte_is_whole_or_an_error(
     adapter: BaseAdapter, finish_reason: str | None, data: st.DataObject
 ) -> None:
-    """A price of 1234 must never be read from a 12345 that lost its tail."""
+    """A price of 1234 must never be read from a 12345 that lost its tail (B 7.9)."""
     annotation, values = TYPES[data.draw(st.sampled_from(sorted(TYPES)))]
     signature, value = of(annotation), data.draw(values)
     whole = adapter.answer(signature, {"answer": value, "after": "the end"})

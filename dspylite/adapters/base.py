@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dspylite.adapters.values import describe, format_value
+from dspylite.adapters.values import MAX_CHARS, describe, format_value
 from dspylite.errors import AdapterParseError
 from dspylite.schema.messages import Message
 from dspylite.schema.signature import Field, Signature
@@ -175,6 +175,9 @@ class BaseAdapter(abc.ABC):
         Raises:
             AdapterParseError: An output is missing or its value does not fit.
         """
+        if len(completion) > MAX_CHARS:
+            reason = f"Its {len(completion)} characters are more than {MAX_CHARS}."
+            raise self.error(signature, completion, reason)
         values: dict[str, Any] = {}
         outputs = signature.output_fields
         if missing := [name for name in outputs if name not in found]:

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspylite.adapters.base import BaseAdapter
-from dspylite.adapters.values import json_schema, parse_json, to_json, validate
+from dspylite.adapters.values import json_schemas, parse_json, to_json, validate
 from dspylite.schema.signature import Signature
 
 MAX_OBJECTS = 16
 """Objects looked at in an answer that wraps its own in prose; more of them is ambiguous anyway."""
 
 _STRUCTURE = re.compile(r'[{}"\\]')
+_OPENING = re.compile(r"\{\s*[\"'/]")  # of an object; prose and formulas have braces too
 
 
 class JSONAdapter(BaseAdapter):
@@ -44,7 +45,7 @@ class JSONAdapter(BaseAdapter):
     def params(self, signature: type[Signature], capabilities: frozenset[str]) -> Mapping[str, Any]:
         """Ask for the provider's structured output, in the strictest form that it has."""
         if "json_schema" in capabilities and (schema := _strict_schema(signature)) is not None:
-            name = "".join(c if c.isalnum() else "_" for c in signature.__name__)[:64]
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", signature.__name__)[:64]
             wanted = {"name": name, "schema": schema, "strict": True}
             return {"response_format": {"type": "json_schema", "json_schema": wanted}}
         if "json_object" in capabilities or "json_schema" in capabilities:
@@ -70,25 +71,34 @@ class JSONAdapter(BaseAdapter):
         return self.read_fields(signature, completion, value, validate)
 
     def _find_object(self, signature: type[Signature], completion: str, reason: str) -> Any:
+        spans, cut = _outermost_braces(completion)
+        if cut:  # what is closed already may lie inside, and would be taken for the whole
+            reason = "it is cut, for a brace is never closed"
+            raise self.error(signature, completion, f"The answer is not one JSON object: {reason}.")
+        spans = [span for span in spans if _OPENING.match(completion, span[0])]
         found: list[dict[str, Any]] = []
-        for start, end in _outermost_braces(completion)[:MAX_OBJECTS]:
+        for start, end in spans[:MAX_OBJECTS]:
             try:
                 value = parse_json(completion[start:end])
             except ValueError:
                 continue
             if isinstance(value, dict) and any(name in value for name in signature.output_fields):
                 found.append(value)
-        if len(found) == 1:
+        count = len(found) if len(spans) <= MAX_OBJECTS else len(spans)
+        if count > 1:
+            reason = f"it holds {count} objects, which is ambiguous"
+        elif found:
             return found[0]
-        if found:
-            reason = f"it holds {len(found)} objects, which is ambiguous"
         raise self.error(signature, completion, f"The answer is not one JSON object: {reason}.")
 
 
-def _outermost_braces(text: str) -> list[tuple[int, int]]:
+def _outermost_braces(text: str) -> tuple[list[tuple[int, int]], bool]:
     """Find the spans of matching braces that lie in no other such span, in one pass.
 
     Quotes count inside braces only: outside, they are prose.
+
+    Returns:
+        The spans in order, and whether a brace is opened and never closed.
     """
     opened: list[int] = []
     spans: list[tuple[int, int]] = []
@@ -110,7 +120,7 @@ def _outermost_braces(text: str) -> list[tuple[int, int]]:
             while spans and spans[-1][0] > start:
                 spans.pop()
             spans.append((start, place + 1))
-    return spans
+    return spans, bool(opened)
 
 
 def _strict_schema(signature: type[Signature]) -> dict[str, Any] | None:
@@ -118,12 +128,8 @@ def _strict_schema(signature: type[Signature]) -> dict[str, Any] | None:
 
     Strict forms want every key of every object named and required, so free-form dicts do not fit.
     """
-    properties: dict[str, Any] = {}
-    definitions: dict[str, Any] = {}
-    for name, field in signature.output_fields.items():
-        schema = json_schema(field.annotation)
-        definitions.update(schema.pop("$defs", {}))
-        properties[name] = schema
+    fields = signature.output_fields.items()
+    properties, definitions = json_schemas({name: field.annotation for name, field in fields})
     whole: dict[str, Any] = {"type": "object", "properties": properties}
     if definitions:
         whole["$defs"] = definitions

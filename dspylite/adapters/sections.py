@@ -15,12 +15,13 @@ from dspylite.adapters.values import format_value, parse_text
 from dspylite.schema.signature import Signature
 
 END = "completed"
-"""Name of the end marker; the only header that is not an output."""
+"""Name of the end marker; in a signature with an output of this name, of its second header."""
 
 COMPLETE_REASONS = frozenset({"stop", "end_turn", "eos", "tool_calls"})
 """Reasons to stop that mean the model had said everything, by provider's spelling."""
 
-_HEADER = re.compile(r"^[ \t]*\[\[ ## (\w+) ## \]\]", re.MULTILINE)
+# `\S`, not `\w`: an identifier may hold marks that are no word characters, as in Hindi.
+_HEADER = re.compile(r"^[ \t]*\[\[ ## (\S+) ## \]\]", re.MULTILINE)
 
 
 class ChatAdapter(BaseAdapter):
@@ -88,7 +89,7 @@ class ChatAdapter(BaseAdapter):
         for place, mark in enumerate(marks):
             name = mark[1]
             stop = marks[place + 1].start() if place + 1 < len(marks) else len(completion)
-            if name == END:
+            if name == END and (END not in outputs or END in found):
                 complete = True
             elif name in found:
                 raise self.error(

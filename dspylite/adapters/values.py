@@ -132,6 +132,17 @@ def json_schema(annotation: Any) -> dict[str, Any]:
     return type_adapter(annotation, ()).json_schema()
 
 
+def json_schemas(annotations: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the JSON schemas of several types by name, and the definitions that they share.
+
+    Made together, two types of one name get definitions of two names.
+    """
+    schemas, shared = pydantic.TypeAdapter.json_schemas(
+        [(name, "validation", type_adapter(a, ())) for name, a in annotations.items()]
+    )
+    return {name: schema for (name, _), schema in schemas.items()}, shared.get("$defs", {})
+
+
 @functools.lru_cache(maxsize=4096)
 def _cached_adapter(
     annotation: Any, constraints: tuple[tuple[str, Any], ...]

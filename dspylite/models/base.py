@@ -180,7 +180,7 @@ class BaseLM:
         twin = self.__class__.__new__(self.__class__)
         twin.__dict__.update(self.__dict__)
         twin.history = History()
-        merged = {**self.kwargs}
+        merged = {name: _own_copy(value) for name, value in self.kwargs.items()}
         for name, value in changes.items():
             if name == "num_retries":
                 twin.num_retries = value
@@ -202,6 +202,15 @@ class BaseLM:
         shown = {name: ("..." if is_secret(name) else value) for name, value in self.kwargs.items()}
         inside = "".join(f", {name}={value!r}" for name, value in shown.items())
         return f"{type(self).__name__}({self.model!r}{inside})"
+
+
+def _own_copy(value: Any) -> Any:
+    """Copy what a parameter can be changed in; a client or function among them is shared."""
+    if isinstance(value, dict):
+        return {key: _own_copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_own_copy(item) for item in value]
+    return value
 
 
 class _Forward:

@@ -131,7 +131,7 @@ class Evidence:
         """Rank the spans that share words with a query by BM25 and by how well they read.
 
         Args:
-            query: Weight by stem.
+            query: Weight by stem. Only those of the greatest weight count as shared and covered.
             kinds: What the answer should hold, as `question_kinds` gives it.
             definition: Whether to prefer sentences that say what the query's words are.
             limit: How many spans to return.
@@ -145,26 +145,29 @@ class Evidence:
         scores: defaultdict[int, float] = defaultdict(float)
         shared: defaultdict[int, dict[str, float]] = defaultdict(dict)
         around: defaultdict[int, dict[str, float]] = defaultdict(dict)
-        total = 0.0
+        total, asked, most = 0.0, 0, max(query.values(), default=0.0)
         for term, weight in query.items():
             postings = self._postings.get(term, ())
             rarity = weight * math.log(
                 1 + (len(self.spans) - len(postings) + 0.5) / (len(postings) + 0.5)
             )
-            total += rarity
+            if weight == most:
+                total += rarity
+                asked += 1
             for place, count in postings:
                 length = self._lengths[place] / self._mean_length
                 part = count * (_K1 + 1) / (count + _K1 * (1 - _B + _B * length))
                 scores[place] += rarity * part
-                shared[place][term] = rarity * min(count, 1.0)
-                around[self.spans[place].passage][term] = rarity
+                if weight == most:
+                    shared[place][term] = rarity * min(count, 1.0)
+                    around[self.spans[place].passage][term] = rarity
         nearby = {passage: sum(found.values()) / total for passage, found in around.items()}
         matches: list[tuple[float, int]] = []
         for place, score in scores.items():
             span = self.spans[place]
-            breadth = len(shared[place]) / len(query) + sum(shared[place].values()) / total
+            breadth = len(shared[place]) / asked + sum(shared[place].values()) / total
             worth = score * (0.1 + 0.45 * breadth)
-            worth *= 1 + _PASSAGE_SHARE * nearby[span.passage] + 0.1 / (1 + span.passage)
+            worth *= 1 + _PASSAGE_SHARE * nearby.get(span.passage, 0.0) + 0.1 / (1 + span.passage)
             worth *= span.quality * _bonus(span.text, kinds, query)
             if definition and _defines(span.text, query):
                 worth *= 1.5
@@ -236,12 +239,14 @@ class Inquiry:
         return labels.get(tuple(terms(topic))) or labels.get(tuple(terms(name)))
 
     def texts(self, topic: str = "") -> list[str]:
-        """List where a value may stand, best first: a label's text, then sentences that match.
+        """List where a value may stand, best first: a label's text, then the near matches.
 
         Without any question all sentences follow, up to a bound.
         """
         label = self.label(topic)
-        found = [match.span.answer for match in self.find(topic)]
+        matches = self.find(topic)
+        near = [match for match in matches if match.score >= matches[0].score / 2]
+        found = [match.span.answer for match in near]
         if not self.question:
             found.extend(span.text for span in self.evidence.spans[:_MAX_TEXTS])
         return [label, *found] if label else found

@@ -169,16 +169,11 @@ class Fitter:
             most = least
         elif self._is_object(items):  # a second one would repeat the first
             most = min(most, max(least, 1))
-        if (
-            (label := self._inquiry.label(topic))
-            and _kind(_mapping(items)) == "string"
-            and not heads
-        ):
-            parts = [part.strip(" .") for part in re.split(r"[,;]", label)]
-            if least <= len(parts) <= _size(schema, "maxItems", MAX_VALUES) and items == {
-                "type": "string"
-            }:
-                return Found(list(dict.fromkeys(parts)), True)
+        if items == {"type": "string"} and (label := self._inquiry.label(topic)):
+            listed = dict.fromkeys(part.strip(" .") for part in re.split(r"[,;]", label))
+            parts = list(listed)[: _size(schema, "maxItems", MAX_VALUES)]
+            if len(parts) >= least:
+                return Found(parts, True)
         made: list[Any] = []
         found = False
         for place in range(min(most, MAX_VALUES)):
@@ -242,9 +237,8 @@ class Fitter:
         if isinstance(pattern := schema.get("pattern"), str):
             words = (word.strip(".,;:!?\"'()`") for text in texts for word in text.split())
             return _matching(pattern, words, nth)
-        if isinstance(form := schema.get("format"), str) and (
-            made := find_format(form, texts, nth)
-        ):
+        form = schema.get("format") or schema.get("contentMediaType")
+        if isinstance(form, str) and (made := find_format(form, texts, nth)):
             return Found(*made)
         if nth == 0 and (label := self._inquiry.label(topic)):
             return Found(label, True)

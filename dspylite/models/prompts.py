@@ -20,15 +20,17 @@ END = "completed"
 
 _NOT_GIVEN = "(not given in this example)"  # must match `adapters/base.py`
 
-_HEADER = re.compile(r"^\[\[ ## (\w+) ## \]\][ \t]*$", re.MULTILINE)
+# `\S`, not `\w`: an identifier may hold marks that are no word characters, as in Hindi.
+_HEADER = re.compile(r"^\[\[ ## (\S+) ## \]\][ \t]*$", re.MULTILINE)
 _MARKER_LINE = re.compile(r"^([ \t]*)(\\*)(\[\[ ## )", re.MULTILINE)
 _ESCAPED_LINE = re.compile(r"^([ \t]*)\\(\\*\[\[ ## )", re.MULTILINE)
-_NAMED_SECTION = re.compile(r"`\[\[ ## (\w+) ## \]\]`")
+_NAMED_SECTION = re.compile(r"`\[\[ ## (\S+) ## \]\]`")
 _NAMED_KEYS = re.compile(
-    r"\bJSON object\b[^`?\n]{0,80}(`\w+`(?:(?: \([^`()]{0,200}\))?,?(?: and| then)? `\w+`)*)"
+    r"\bJSON object\b[^`?\n]{0,60}\b(?:keys|fields)\b[^`?\n]{0,20}"
+    r"(`[^`\s]+`(?:(?: \([^`()]{0,200}\))?,?(?: and| then)? `[^`\s]+`)*)"
 )
 _OUTPUTS = re.compile(r"^(?:Outputs|Your output fields are):[ \t]*$", re.MULTILINE)
-_ENTRY = re.compile(r"^(?:-|\d{1,3}\.) `(\w+)` \(", re.MULTILINE)
+_ENTRY = re.compile(r"^(?:-|\d{1,3}\.) `([^`\s]+)` \(", re.MULTILINE)
 _LIST_ENDS = (
     "\n\nWrite each output below its header line",
     "\n\nAnswer with one JSON object",
@@ -37,14 +39,14 @@ _LIST_ENDS = (
 _TASK = re.compile(r"^Task: ", re.MULTILINE)
 
 _MADE_TASK = re.compile(  # made from the names of the fields, which say more by themselves
-    r"(?:Given (?:`\w+`,? )+produce|Produce) (?:`\w+`(?:, )?)+\."
+    r"(?:Given (?:`[^`\s]+`,? )+produce|Produce) (?:`[^`\s]+`(?:, )?)+\."
 )
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""", re.DOTALL)
 _CHOICES_END = re.compile(
     r"`(?=, or `null`|, (?:gt|ge|lt|le|multiple_of|min_length|max_length|pattern)=|\)(?: — |$))",
     re.MULTILINE,
 )
-_BOUND = re.compile(r"\s*,?\s*(gt|ge|lt|le|multiple_of|min_length|max_length|pattern)=")
+_BOUND = re.compile(r"(?:, )?(gt|ge|lt|le|multiple_of|min_length|max_length|pattern)=")
 _NUMBER = re.compile(r"(?:Decimal\(')?([-+]?[\d.]{1,400}(?:e[-+]?\d{1,3})?)(?:'\))?")
 _BOUND_KEYS: Mapping[str, tuple[str, ...]] = {
     "gt": ("exclusiveMinimum",),
@@ -181,10 +183,13 @@ def encodable(text: str) -> str:
 def _reminded(text: str) -> tuple[Form, list[str]]:
     """Read the form of the answer off the last paragraph, which says what to write."""
     last = text[text.rfind("\n\n") + 1 :]
-    if names := [name for name in _NAMED_SECTION.findall(last) if name != END]:
+    names: list[str] = _NAMED_SECTION.findall(last)
+    if names and names[-1] == END:  # an output may have that name too, and then stands before it
+        names.pop()
+    if names:
         return "sections", list(dict.fromkeys(names))
     if keys := _NAMED_KEYS.search(last):
-        return "json", list(dict.fromkeys(re.findall(r"`(\w+)`", keys[1])))
+        return "json", list(dict.fromkeys(re.findall(r"`([^`\s]+)`", keys[1])))
     return "text", []
 
 
@@ -215,8 +220,7 @@ def _read_outputs(system: str, names: Sequence[str], *, typed_choices: bool) -> 
         schema, as_json, end = _read_type(listed, start, type_name, typed_choices=typed_choices)
         found.append(Wanted(name=entry[1], schema=schema, as_json=as_json))
         place = end
-    if found:
-        found[-1] = replace(found[-1], desc=_desc(listed[end:]))
+    found[-1:] = [replace(wanted, desc=_desc(listed[end:])) for wanted in found[-1:]]
     return {wanted.name: wanted for wanted in found}
 
 

@@ -92,7 +92,7 @@ def _written(wanted: Wanted, value: Any) -> str:
     """Write a value into a section: a text as it is, unless it would be taken for JSON."""
     if isinstance(value, str) and not wanted.as_json:
         branches = wanted.schema.get("anyOf")
-        is_choice = isinstance(branches, list) and "enum" in branches[0]
+        is_choice = isinstance(branches, list) and "enum" in branches[0]  # or null
         if not (is_choice and (value.startswith(("{", "[", '"')) or "```" in value)):
             return value
     return json.dumps(value, ensure_ascii=False)
@@ -144,7 +144,7 @@ def _question_and_passages(prompt: Prompt) -> tuple[str, str, list[Passage]]:
     if asking and others:  # a number beside a question is an option, not evidence
         others = [name for name in others if not _SCALAR.fullmatch(str(inputs[name])[:40])]
     passages = [passage for name in others for passage in _passages(name, inputs[name])]
-    single = others if len(inputs) == 1 else [] if passages else asking[-1:]
+    single = list(inputs) if len(inputs) == 1 else [] if passages else asking[-1:]
     if single and isinstance(text := inputs[name := single[0]], str):
         must_ask = bool(asking) or prompt.form == "text"
         question, rest = _split_plain(text, must_ask=must_ask)

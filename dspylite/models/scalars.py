@@ -62,6 +62,7 @@ _FORMATS: Mapping[str, tuple[re.Pattern[str] | None, str]] = {
     "ipv6": (None, "::"),
     "duration": (re.compile(r"\bP(?:\d{1,4}D|T\d{1,4}[HMS])\b"), "PT0S"),
     "json-string": (None, "null"),
+    "application/json": (None, "null"),
     **{f"uuid{n}": (None, f"00000000-0000-{n}000-8000-000000000000") for n in range(1, 9)},
 }
 _SAME_FORMAT = {"ipv6network": "ipv6", "ipv6interface": "ipv6", "multi-host-uri": "uri"}
@@ -80,6 +81,7 @@ _NEGATIVE = frozenset(
     "refund reject sad slow terrible ugly unhappy unfavorable upset useless waste worse worst "
     "wrong".split()
 )
+_CONFIDENCE = frozenset(stem(word) for word in ("confidence", "certainty", "probability"))
 _NEUTRAL = frozenset("mixed neither neutral none other unclear unknown unsure".split())
 _NEGATIONS = frozenset("cannot hardly never no nor not nothing without".split())
 _WORD = re.compile(r"\w+(?:['\u2019]t\b)?")
@@ -106,7 +108,7 @@ def dates(text: str) -> Iterator[datetime.date]:
 
     Example:
         >>> [str(day) for day in dates("Begun in 1998, opened on May 5th, 2001.")]
-        ['2001-05-05', '1998-01-01', '2001-01-01']
+        ['2001-05-05', '1998-01-01']
     """
     for form, (year, month, day) in _DATE_FORMS:
         for match in form.finditer(text):
@@ -116,6 +118,7 @@ def dates(text: str) -> Iterator[datetime.date]:
                 yield datetime.date(int(match[year]), number, int(match[day]) if day else 1)
             except ValueError:  # such as 31 June, or the year 0
                 continue
+        text = form.sub(" ", text)  # a year in a full date is no date of its own
 
 
 def find_format(form: str, texts: Iterable[str], nth: int = 0) -> tuple[str, bool] | None:
@@ -183,7 +186,7 @@ def find_number(
 
 def find_confidence(inquiry: Inquiry, topic: str) -> float | None:
     """Say how much of the question the best sentence holds, if a confidence is asked for."""
-    if not {"confid", "certainty", "probability"} & set(terms(topic)):
+    if not _CONFIDENCE & set(terms(topic)):
         return None
     matches = inquiry.find()
     return round(matches[0].coverage, 2) if matches else 0.0
@@ -209,7 +212,7 @@ def bounded_number(low: float, high: float, *, step: float | None = None, nth: i
     """
     unit = step or 1
     ends = sorted((end for end in (low, high) if math.isfinite(end)), key=abs)
-    middle = [sum(ends) / 2] if len(ends) == 2 else []
+    middle = [round(sum(ends) / 2, 6), sum(ends) / 2] if len(ends) == 2 else []
     snapped = [snap(end / unit) * unit for end in (0, *ends) for snap in (math.ceil, math.floor)]
     fitting = [n for n in (*snapped, *(() if step else (*middle, *ends))) if low <= n <= high]
     if not fitting:

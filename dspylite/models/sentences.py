@@ -14,6 +14,7 @@ MAX_SPAN_CHARS = 400
 """Longest sentence given as an answer; longer ones are cut at words."""
 
 _MAX_WORD_CHARS = 64
+_LABEL_LINE_CHARS = 50  # a longer "Name: text" line may go on in the next one; guessed
 _MAX_HEADING_CHARS = 200  # it is read again with each sentence below it
 
 STOP_WORDS = frozenset(
@@ -42,7 +43,8 @@ _TAG = re.compile(
 _BOLD = re.compile(r"\*\*((?:[^*`]|`[^*`]{0,100}`){1,300})\*\*")
 _BOUNDARY = re.compile(r"[.!?…][\"'\u201d\u2019)\]]*\s+|[\u3002\uff01\uff1f]\s*")
 _ABBREVIATION = re.compile(
-    r"(?:^|[\s(\"'“])(?:[A-Z]|e\.g|i\.e|etc|vs|cf|al|ca|approx|Dr|Mr|Mrs|Ms|Prof|St|Nos?|Figs?|Eqs?|pp?)\.$"
+    r"(?:^|[\s(\"'\u201c])(?:[A-Z]|e\.g|i\.e|etc|vs|cf|al|ca|approx|Dr|Mr|Mrs|Ms|Prof|St|Nos?|Figs?"
+    r"|Eqs?|pp?|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\.$"
 )
 _ENDS = (".", "!", "\u3002", "\uff01", '."', ".\u201d", ".)")
 _DANGLING = re.compile(
@@ -222,7 +224,7 @@ def _quality(sentence: str, *, leans: bool) -> float:
     if sentence.endswith("?"):
         quality *= 0.2
     elif sentence.endswith(":"):
-        quality *= 0.4
+        quality *= 0.1
     elif not sentence.endswith(_ENDS):
         quality *= 0.7
     if sentence[0].islower():  # the end of a sentence that was cut
@@ -272,8 +274,10 @@ def _blocks(text: str) -> Iterator[tuple[str, str, float]]:
                 yield row, f"{heading} {lead}".strip(), 0.6
         else:
             bullet = _BULLET.match(line)
-            ended = not held or held[-1].endswith((".", "!", "?", ":")) or LABEL.fullmatch(held[-1])
-            if bullet or (ended and LABEL.fullmatch(line)):
+            above = held[-1] if held else "."
+            after_label = len(above) <= _LABEL_LINE_CHARS and LABEL.fullmatch(above)
+            ended = after_label or above.endswith((".", "!", "?", ":"))
+            if bullet or after_label or (ended and LABEL.fullmatch(line)):
                 yield from flush()
             elif in_list and not held and not raw.startswith((" ", "\t")):
                 lead = ""  # a paragraph after a list

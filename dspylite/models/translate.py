@@ -206,7 +206,7 @@ def read_chat_response(answer: Any, *, model: str) -> LMResponse:
     """Read an OpenAI-shaped chat completion, object or dict.
 
     Raises:
-        LMServerError: It has no choices, or none of them says anything at all.
+        LMServerError: It has no choices.
     """
     choices = _get(answer, "choices") or []
     request_id = _get(answer, "id")

@@ -6,6 +6,7 @@ Not here: the parts that call models (`programs/predict.py`).
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar, Unpack, overload
 
@@ -59,7 +60,7 @@ class Module:
     def __init__(self, callbacks: Sequence[Any] | None = None) -> None:
         self.callbacks = tuple(callbacks or ())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run the program and wait for it on this thread.
 
         Raises:
@@ -67,7 +68,7 @@ class Module:
         """
         return run_flow(self.plan(BLOCKING, args, kwargs))
 
-    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+    async def acall(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run the program and await it.
 
         Raises:
@@ -77,8 +78,10 @@ class Module:
 
     async def plan(self, io: Io, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the program through a driver: open a call frame, run the body, attach the usage."""
-        inputs = dict(kwargs) if not args else {"args": tuple(args), **kwargs}
-        with Observed("module", self, inputs) as call, recording_in(self.history):
+        with (
+            Observed("module", self, self._shown(args, kwargs)) as call,
+            recording_in(self.history),
+        ):
             if settings.track_usage:
                 with track_usage() as tracker:
                     result = await self._body(io, *args, **kwargs)
@@ -89,12 +92,18 @@ class Module:
             call.outputs = result
         return result
 
-    async def _body(self, io: Io, *args: Any, **kwargs: Any) -> Any:
-        forward = getattr(self, "forward", None)
-        aforward = getattr(self, "aforward", None)
-        if forward is not None and aforward is not None:
-            return await io.call(Both(forward, aforward), *args, **kwargs)
+    def _shown(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the inputs as callbacks are told them."""
+        return dict(kwargs) if not args else {"args": tuple(args), **kwargs}
+
+    async def _body(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:
+        cls: type = type(self)
+        stale = _stale_body(cls)
+        forward = None if stale == "forward" else getattr(self, "forward", None)
+        aforward = None if stale == "aforward" else getattr(self, "aforward", None)
         body = forward or aforward
+        if forward is not None and aforward is not None:
+            body = await io.call(_OWN_SIDE, forward, aforward)
         if body is None:
             raise ModuleError(
                 f"`{type(self).__name__}` has neither `forward` nor `aforward`, so it cannot be "
@@ -267,15 +276,41 @@ class Module:
         return found
 
     def map_named_predictors(self, fn: Callable[[Any], Any]) -> Self:
-        """Replace every predictor in this module by `fn(predictor)`; return the module."""
-        for _, part, replace in list(_parts(self)):
+        """Replace every predictor in this module by `fn(predictor)`; return the module.
+
+        A predictor that stands in several places is replaced by the same new one in all of them.
+        """
+        made: dict[int, Any] = {}
+        for _, part, replace in list(_parts(self, every_place=True)):
             if part.kind == "predictor":
-                replace(fn(part))
+                if id(part) not in made:
+                    made[id(part)] = fn(part)
+                replace(made[id(part)])
         return self
 
     def deepcopy(self) -> Self:
-        """Return a copy that shares nothing that can change."""
+        """Return a copy that shares nothing that can change, but is told to the same callbacks.
+
+        Raises:
+            ModuleError: An attribute cannot be copied.
+        """
         return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        memo.update({id(callback): callback for callback in self.callbacks})
+        for name, value in list(vars(self).items()):
+            try:
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+            except ModuleError:  # of a part, which it names
+                raise
+            except TypeError as error:
+                raise ModuleError(
+                    f"`{type(self).__name__}.{name}` cannot be copied ({error}); give its class a "
+                    "`__deepcopy__`, or set it after copying."
+                ) from error
+        return twin
 
     def reset_copy(self) -> Self:
         """Return a deep copy whose predictors have no demos and no LM of their own."""
@@ -289,41 +324,73 @@ class Module:
         return f"{type(self).__name__}({parts}\n)" if parts else f"{type(self).__name__}()"
 
 
+async def _second(forward: Any, aforward: Any) -> Any:
+    del forward
+    return aforward
+
+
+_OWN_SIDE: Both[[Any, Any], Any] = Both(lambda forward, aforward: forward, _second)  # noqa: ARG005
+
+
+@functools.lru_cache(maxsize=1024)
+def _stale_body(cls: type) -> str | None:
+    """Name the body that a class left behind when it overrode one of a pair that it inherited.
+
+    Of a base that has both `forward` and `aforward`, a subclass that overrides one of them means
+    both; the other one would ignore its override.
+    """
+    homes: dict[str, int] = {}
+    for place, base in enumerate(cls.__mro__):
+        for name in ("forward", "aforward"):
+            if name in vars(base):
+                homes.setdefault(name, place)
+    if len(homes) < 2:
+        return None
+    near, far = sorted(homes, key=homes.__getitem__)
+    return far if homes[near] < homes[far] and near in vars(cls.__mro__[homes[far]]) else None
+
+
 _Replace = Callable[[Any], None]
 
 
-def _parts(root: Module) -> Iterator[tuple[str, Module, _Replace]]:
-    """Walk the attributes of a module: modules, and those in lists, tuples and dicts, each once."""
+def _parts(root: Module, *, every_place: bool = False) -> Iterator[tuple[str, Module, _Replace]]:
+    """Walk the attributes of a module: modules, and those in lists, tuples and dicts.
+
+    Each comes once, or as often as it stands somewhere with `every_place`.
+    """
     seen = {id(root)}
-    stack: list[tuple[str, Any, _Replace]] = list(_attributes("", root))
-    while stack:
-        path, value, replace = stack.pop(0)
-        if id(value) in seen:
+    levels = [_attributes("", root)]
+    while levels:
+        place = next(levels[-1], None)
+        if place is None:
+            levels.pop()
             continue
+        path, value, replace = place
+        new = id(value) not in seen
+        seen.add(id(value))
         if isinstance(value, Module):
-            seen.add(id(value))
-            yield path, value, replace
-            stack[:0] = _attributes(f"{path}.", value)
-        elif isinstance(value, dict | list | tuple):
-            seen.add(id(value))
-            stack[:0] = _items(path, value, replace)
+            if new or every_place:
+                yield path, value, replace
+            if new:
+                levels.append(_attributes(f"{path}.", value))
+        elif new or (every_place and isinstance(value, tuple)):
+            levels.append(_items(path, value, replace))
 
 
 def _attributes(prefix: str, module: Module) -> Iterator[tuple[str, Any, _Replace]]:
-    for name, value in vars(module).items():
-        yield f"{prefix}{name}", value, _setter(vars(module), name)
+    for name, value in list(vars(module).items()):
+        if isinstance(value, Module | dict | list | tuple):
+            yield f"{prefix}{name}", value, _setter(vars(module), name)
 
 
 def _items(path: str, holder: Any, replace: _Replace) -> Iterator[tuple[str, Any, _Replace]]:
-    if isinstance(holder, dict):
-        for key, value in holder.items():
-            yield f"{path}[{key!r}]", value, _setter(holder, key)
-        return
-    for index, value in enumerate(holder):
-        if isinstance(holder, list):
-            yield f"{path}[{index}]", value, _setter(holder, index)
-        else:
-            yield f"{path}[{index}]", value, _tuple_setter(holder, index, replace)
+    pairs = list(holder.items()) if isinstance(holder, dict) else enumerate(holder)
+    set_at: Callable[[Any], _Replace] = functools.partial(_setter, holder)
+    if isinstance(holder, tuple):
+        set_at = functools.partial(_tuple_setter, holder, list(holder), replace)
+    for key, value in pairs:
+        if isinstance(value, Module | dict | list | tuple):
+            yield f"{path}[{key!r}]", value, set_at(key)
 
 
 def _setter(holder: Any, key: Any) -> _Replace:
@@ -333,11 +400,11 @@ def _setter(holder: Any, key: Any) -> _Replace:
     return replace
 
 
-def _tuple_setter(holder: tuple[Any, ...], index: int, replace_holder: _Replace) -> _Replace:
-    changed = list(holder)
+def _tuple_setter(holder: Any, changed: list[Any], replace_holder: _Replace, key: int) -> _Replace:
+    remake = getattr(holder, "_make", tuple)  # a named tuple stays one
 
     def replace(value: Any) -> None:
-        changed[index] = value
-        replace_holder(tuple(changed))
+        changed[key] = value
+        replace_holder(remake(changed))
 
     return replace

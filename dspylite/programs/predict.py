@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, overload
 
@@ -27,8 +28,8 @@ from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import settings
 from dspylite.runtime.tracking import record_trace
-from dspylite.schema.messages import LMResponse, Usage
-from dspylite.schema.records import Prediction
+from dspylite.schema.messages import LMResponse, Usage, without_secrets
+from dspylite.schema.records import Example, Prediction
 from dspylite.schema.signature import (
     AnySignature,
     Field,
@@ -74,9 +75,9 @@ class Typed(Module, Generic[P, S]):
 
     if typing.TYPE_CHECKING:
 
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> S: ...  # noqa: D102  # Module's
+        def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> S: ...  # noqa: D102  # Module's
 
-        async def acall(self, *args: P.args, **kwargs: P.kwargs) -> S: ...  # noqa: D102  # the same
+        async def acall(self, /, *args: P.args, **kwargs: P.kwargs) -> S: ...  # noqa: D102  # the same
 
 
 class Predict(Typed[P, S]):
@@ -148,15 +149,28 @@ class Predict(Typed[P, S]):
         """Change request parameters of every call from now on."""
         self.config = {**self.config, **config}
 
-    def forward(self, **inputs: Any) -> Any:
+    def forward(self, /, **inputs: Any) -> Any:
         """Ask, without a call frame; call the predictor itself instead."""
-        return run_flow(self._body(BLOCKING, **inputs))
+        return run_flow(self._answer(BLOCKING, (), inputs))
 
-    async def aforward(self, **inputs: Any) -> Any:
+    async def aforward(self, /, **inputs: Any) -> Any:
         """Ask and await, without a call frame; use `acall` instead."""
-        return await self._body(ASYNC, **inputs)
+        return await self._answer(ASYNC, (), inputs)
 
-    async def _body(self, io: Io, *args: Any, **kwargs: Any) -> Any:
+    def _shown(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        shown = super()._shown(args, kwargs)
+        config = shown.get("config")
+        if isinstance(config, Mapping) and "config" not in self.signature.input_fields:
+            shown["config"] = without_secrets(config)
+        return shown
+
+    async def _body(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:
+        cls = type(self)
+        if cls.forward is Predict.forward and cls.aforward is Predict.aforward:
+            return await self._answer(io, args, kwargs)
+        return await super()._body(io, *args, **kwargs)
+
+    async def _answer(self, io: Io, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         question = self._question(args, kwargs)
         prediction = await _ask(io, question)
         record_trace(self, question.inputs, prediction)
@@ -178,16 +192,19 @@ class Predict(Typed[P, S]):
         inputs = _checked_inputs(
             signature, args, {k: v for k, v in kwargs.items() if k not in overrides}
         )
-        lm = _usable(overrides.get("lm") or self.lm or settings.lm)
-        params = {**self.config, **overrides.get("config", {})}
+        own = self.lm if overrides.get("lm") is None else overrides["lm"]
+        lm = _usable(settings.lm if own is None else own)
+        config = overrides.get("config")
+        if config is not None and not isinstance(config, Mapping):
+            raise InputFieldError(f"`config` must be a dict of request parameters, not {config!r}.")
+        params = {**self.config, **(config or {})}
         if (params.get("n") or 1) > 1:
             temperature = params.get("temperature", lm.default_temperature)
             if temperature is None or temperature <= 0.15:
                 params["temperature"] = _SAMPLING_TEMPERATURE
-        demos = overrides.get("demos", self.demos)
         return _Question(
             signature=signature,
-            demos=[dict(demo.items()) for demo in demos],
+            demos=_usable_demos(overrides.get("demos", self.demos)),
             inputs=inputs,
             lm=lm,
             params=params,
@@ -243,8 +260,13 @@ class ChainOfThought(Typed[P, S]):
         extended = ensure_signature(signature).prepend("reasoning", field, rationale_field_type)
         self.predict: Predict[..., Any] = Predict(extended, **config)
 
-    async def _body(self, io: Io, *args: Any, **kwargs: Any) -> Any:
-        return await self.predict.plan(io, args, kwargs)
+    def forward(self, /, *args: Any, **inputs: Any) -> Any:
+        """Ask through `predict`, without a call frame; call the module itself instead."""
+        return self.predict(*args, **inputs)
+
+    async def aforward(self, /, *args: Any, **inputs: Any) -> Any:
+        """Ask through `predict` and await, without a call frame; use `acall` instead."""
+        return await self.predict.acall(*args, **inputs)
 
 
 async def _ask(io: Io, question: _Question) -> Prediction:
@@ -317,10 +339,7 @@ def _checked_inputs(
 
 
 def _warn_of_type(field: Field, value: Any) -> None:
-    wanted = typing.get_origin(field.annotation) or field.annotation
-    if not isinstance(wanted, type) or isinstance(value, wanted):
-        return
-    if wanted is float and isinstance(value, int):
+    if _fits(field.annotation, value):
         return
     logger.warning(
         "the input %r is declared as %s and got a %s; it is written into the prompt as it is",
@@ -328,6 +347,32 @@ def _warn_of_type(field: Field, value: Any) -> None:
         field.type_name,
         type(value).__name__,
     )
+
+
+def _fits(annotation: Any, value: Any) -> bool:
+    """Tell whether a value is of a type, as far as `isinstance` can tell; in doubt it is."""
+    if annotation is None:
+        return value is None
+    wanted = typing.get_origin(annotation) or annotation
+    if wanted in (typing.Union, types.UnionType):
+        return any(_fits(part, value) for part in typing.get_args(annotation))
+    if not isinstance(wanted, type) or (wanted is float and isinstance(value, int)):
+        return True
+    try:
+        return isinstance(value, wanted)
+    except TypeError:  # typed dicts and most protocols refuse to be asked
+        return True
+
+
+def _usable_demos(demos: Any) -> list[dict[str, Any]]:
+    if not isinstance(demos, Iterable):
+        raise InputFieldError(f"`demos` must be a list of examples or dicts, not {demos!r}.")
+    checked: list[dict[str, Any]] = []
+    for demo in demos:
+        if not isinstance(demo, Example | Mapping):
+            raise InputFieldError(f"One of `demos` is {demo!r}; each must be an example or a dict.")
+        checked.append(dict(demo.items()))
+    return checked
 
 
 def _usable_signature(given: Any, instructions: str | None = None) -> type[Signature]:

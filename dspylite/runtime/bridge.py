@@ -78,7 +78,7 @@ async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
     return result
 
 
-def _hold_and_call(fn: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T]:
+def _hold_and_call(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> tuple[T]:
     # anyio runs this in a copy of the caller's context, which ends with the call.
     _HELD.set(_Held())
     return (fn(*args, **kwargs),)  # boxed: trio refuses a thread's result that is a coroutine

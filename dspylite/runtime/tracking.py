@@ -183,6 +183,10 @@ def record_trace(predictor: Any, inputs: Mapping[str, Any], prediction: Any) -> 
     """Append one predictor call to the trace, if this context has one."""
     trace = settings.trace
     if trace is not None:
-        if len(trace) >= settings.max_trace_size:
-            trace.pop(0)
+        limit = settings.max_trace_size
         trace.append((predictor, dict(inputs), prediction))
+        while len(trace) > limit:
+            try:
+                del trace[0]
+            except IndexError:  # another thread dropped it first
+                break

@@ -1,0 +1,178 @@
+"""The scripts in `examples/`, as users run them, and the standard thread-pool program.
+
+Not here: the web service (`test_fastapi_service.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dspylite
+from dspylite.runtime.settings import SettingsChanges
+from dspylite.testing import FakeServer
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "sk-key-of-this-test-0123456789"
+
+
+def run_example(name: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user would, with nothing of this machine's environment decided for it."""
+    ours = ("DSPYLITE_", "OPENAI_", "LITELLM_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return subprocess.run(
+        [sys.executable, f"examples/{name}.py"],
+        cwd=ROOT,
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+OFFLINE = {
+    "thread_pool": """
+Which planet is the largest?  Jupiter is the largest planet.
+Which planet is nearest to the sun?  Mercury is the planet nearest to the sun.
+Which planet has the strongest winds?  Neptune has the strongest winds.
+Which planet has the brightest rings?  Saturn has the brightest rings.
+""",
+    "async_app": """
+    acall: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
+   abatch: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
+ asyncify: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
+""",
+    "batch": """
+My login does not work since the update. -> login
+(empty) -> failed: an empty ticket
+The billing address on my invoice is wrong. -> billing
+When does shipping of my order start? -> shipping
+3 calls, NUMBER tokens
+""",
+}
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_example_runs_offline_with_the_expected_output(name: str) -> None:
+    """A newcomer's first run needs no key, and its answers are right."""
+    done = run_example(name)
+    assert re.sub(r"\d+ tokens", "NUMBER tokens", done.stdout) == OFFLINE[name].lstrip("\n")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
+def test_progress_of_the_batch_goes_to_stderr() -> None:
+    """stdout is for results, so that they can be piped."""
+    done = run_example("batch")
+    assert "1 of 4, " in done.stderr
+    assert " of 4, " not in done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    """An example that nobody runs is soon one that does not run."""
+    scripts = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert scripts == {*OFFLINE, "fastapi_app"}
+
+
+def answer_with_the_question(body: Mapping[str, object]) -> str:
+    """Answer as a model would in `ChatAdapter`'s form, with the question in the answer."""
+    return as_answer(f"to {question_in(body)!r}")
+
+
+def question_in(body: Mapping[str, object]) -> str:
+    messages: Any = body["messages"]
+    asked = re.search(r"\[\[ ## question ## \]\]\n(.+)", messages[-1]["content"])
+    assert asked
+    return asked[1]
+
+
+def as_answer(text: str) -> str:
+    return f"[[ ## answer ## ]]\n{text}\n\n[[ ## completed ## ]]"
+
+
+def test_thread_pool_example_asks_the_model_it_is_given() -> None:
+    """Three environment variables put a real server in the place of the offline model."""
+    with FakeServer(answer=answer_with_the_question, api_keys=[KEY]) as server:
+        done = run_example(
+            "thread_pool",
+            DSPYLITE_MODEL="openai/some-model",
+            DSPYLITE_API_BASE=server.base_url,
+            OPENAI_API_KEY=KEY,
+        )
+        requests = server.requests
+    questions = [
+        line.partition("?")[0] + "?" for line in OFFLINE["thread_pool"].strip().splitlines()
+    ]
+    expected = [f"{question}  to {question!r}" for question in questions]
+    assert (done.stdout.splitlines(), done.returncode, done.stderr) == (expected, 0, "")
+    assert sorted(question_in(request.json) for request in requests) == sorted(questions)
+    assert {(request.status, request.json["model"]) for request in requests} == {
+        (200, "some-model")
+    }
+
+
+# --- The standard thread-pool program ----------------------------------------------------------
+
+PROGRAM = """
+IMPORT
+from concurrent.futures import ThreadPoolExecutor
+
+lm = NAME.LM("openai/m", api_base=API_BASE, api_key=KEY)
+NAME.settings.configure(lm=lm)
+predict = NAME.Predict("question -> answer")
+questions = [f"question {number}?" for number in range(40)]
+
+def with_context(question):
+    with NAME.context(lm=lm):
+        return predict(question=question).answer
+
+def without_context(question):
+    return predict(question=question).answer
+
+with ThreadPoolExecutor(max_workers=8) as pool:
+    answers = list(pool.map(WORK, questions))
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
+    with FakeServer(answer=answer_with_the_question) as running:
+        lm = dspylite.LM("openai/m", api_base=running.base_url, api_key=KEY)
+        # Once before the threads: of those that come first, each would make litellm a client, and
+        # all but one would be dropped with their sockets open.
+        with dspylite.context(lm=lm):
+            dspylite.Predict("question -> answer")(question="warm-up?")
+        yield running
+
+
+@pytest.fixture
+def settings_restored() -> Iterator[None]:
+    """Give the process its settings back, which the program's `configure` changes."""
+    before: SettingsChanges = dspylite.settings.snapshot().values  # type: ignore[assignment]
+    yield
+    dspylite.configure(**before)
+
+
+@pytest.mark.usefixtures("settings_restored")
+@pytest.mark.parametrize("work", ["with_context", "without_context"])
+@pytest.mark.parametrize(
+    ("line", "name"), [("import dspylite", "dspylite"), ("import dspylite as dspy", "dspy")]
+)
+def test_standard_thread_pool_program_answers_in_order(
+    line: str, name: str, work: str, server: FakeServer
+) -> None:
+    """What every DSPy user writes first must run under a plain pool, with and without `context`."""
+    server.clear()
+    code = PROGRAM.replace("IMPORT", line).replace("NAME", name).replace("WORK", work)
+    namespace: dict[str, Any] = {"API_BASE": server.base_url, "KEY": KEY}
+    exec(code, namespace)
+    assert namespace["answers"] == [f"to {question!r}" for question in namespace["questions"]]
+    asked = sorted(question_in(request.json) for request in server.requests)
+    assert asked == sorted(namespace["questions"])
