@@ -6,6 +6,7 @@ Not here: what a command does (`demo.py`).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "question", nargs="*", help="questions to ask; a set about the documentation by default"
     )
     options = parser.parse_args(argv)
-    return run_demo(folder=options.docs, questions=options.question, threads=options.threads)
+    try:
+        code = run_demo(folder=options.docs, questions=options.question, threads=options.threads)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` say, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 if __name__ == "__main__":

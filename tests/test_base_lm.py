@@ -446,6 +446,13 @@ def test_unknown_offline_model_is_refused_when_made() -> None:
 # --- Offline -----------------------------------------------------------------------------------
 
 
+def test_repr_hides_a_password_in_the_endpoint() -> None:
+    """Basic auth in a URL is a secret like a key."""
+    shown = repr(dspy.LM("openai/m", api_base="http://user:pass-word-1@localhost:8000/v1"))
+    assert "pass-word-1" not in shown
+    assert "localhost:8000/v1" in shown
+
+
 @pytest.mark.parametrize("lm", [dspy.OfflineLM(), dspy.LM("offline/extractive")], ids=repr)
 def test_offline_model_answers_from_the_prompt(lm: dspy.LM) -> None:
     """Both spellings give the small reader, which needs no key and no network."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -286,11 +284,8 @@ def test_the_loop_of_a_thread_is_closed_with_the_thread() -> None:
         loops.append(asyncio.get_running_loop())
 
     thread = threading.Thread(target=call_async, args=(work,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        thread.start()
-        thread.join()
-        gc.collect()
+    thread.start()
+    thread.join()
     assert loops[0].is_closed()
 
 

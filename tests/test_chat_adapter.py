@@ -149,6 +149,16 @@ def test_format_takes_records_of_any_mapping() -> None:
     assert list(lm.requests[0].messages)[:3] == as_dict[:3]
 
 
+def test_instructions_of_one_predictor_replace_those_of_the_signature() -> None:
+    """The same fields serve two tasks."""
+    lm = FakeLM(default=answer(urgent="true", area="login", score="1"))
+    with dspylite.context(lm=lm):
+        dspylite.Predict(Triage, instructions="Guess.")(ticket="help")
+    task = str(lm.requests[0].messages[0]["content"])
+    assert task.endswith("Task: Guess.")
+    assert "Sort a ticket" not in task
+
+
 # --- data is data --------------------------------------------------------------------------------
 
 PIECES = [

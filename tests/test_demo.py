@@ -187,6 +187,21 @@ def test_impossible_endpoint_is_told_in_a_sentence() -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    """`dspylite demo | head` is a likely first try."""
+    done = subprocess.run(
+        f"'{sys.executable}' -m dspylite demo | head -n 1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.stdout.startswith("Model: ")
+    assert done.stderr == ""
+
+
 def test_command_without_a_name_says_how_to_use_it() -> None:
     """`python -m dspylite` alone names the command there is."""
     done = subprocess.run(

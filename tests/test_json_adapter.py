@@ -372,3 +372,14 @@ def test_large_honest_answer_is_read() -> None:
     value = [{"title": "t" * 50, "minutes": n} for n in range(10_000)]
     signature = make_signature({"steps": (list[Step], OutputField())})
     assert len(parsed(json.dumps({"steps": value}), signature)["steps"]) == 10_000
+
+
+def test_a_number_is_taken_as_the_text_of_a_text_output() -> None:
+    """Models write `"answer": 5` often; nothing is lost by reading it as text."""
+    signature = make_signature("question -> answer")
+    adapter = JSONAdapter()
+    assert adapter.parse(signature, '{"answer": 5}') == {"answer": "5"}
+    assert adapter.parse(signature, '{"answer": 2.5}') == {"answer": "2.5"}
+    for other in ("true", "null", "[5]"):
+        with pytest.raises(dspylite.AdapterParseError):
+            adapter.parse(signature, f'{{"answer": {other}}}')

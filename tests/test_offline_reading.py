@@ -260,6 +260,31 @@ def test_the_best_sentence_answers(question: str, expected: str) -> None:
     assert expected == answer(spec, context=SOLAR, question=question)
 
 
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("When did David Gregory inherit the castle?", "He inherited the castle in 1664."),
+        ("Why did Gregory leave?", "Gregory had to leave because of the war."),
+    ],
+)
+def test_a_sentence_that_holds_what_is_asked_wins(question: str, expected: str) -> None:
+    """A date for "when", a reason for "why": it outweighs a word more in common."""
+    context = [
+        "David Gregory was a physician.",
+        "He inherited the castle in 1664.",
+        "Gregory did not want to leave.",
+        "Gregory had to leave because of the war.",
+    ]
+    spec = "context: list[str], question -> answer"
+    assert answer(spec, context=context, question=question) == expected
+
+
+def test_a_number_of_the_question_is_no_answer() -> None:
+    """It would be the first one found."""
+    context, question = "Mars, planet 4, has 2 moons.", "How many moons has planet 4?"
+    assert answer("context, question -> moons: int", context=context, question=question) == 2
+
+
 def test_a_question_without_evidence_gets_an_honest_sentence() -> None:
     """Nothing is made up where the inputs hold only the question."""
     found = answer("question -> answer", question="What is the capital of France?")
@@ -831,12 +856,11 @@ def test_escaped_headers_are_read_as_they_were_given() -> None:
     assert read_prompt(prompt).inputs == {"text": "x\n\\[[ ## a ## ]] y"}
 
 
-def test_half_surrogate_pairs_are_dropped() -> None:
-    """An answer can always be written to a wire or a file."""
-    found = ask(
-        ADAPTERS[1], "rows: list[str], question -> a", rows=["Mars\ud800 is"], question="Mars?"
-    )
-    assert found == {"a": "Mars is"}
+@pytest.mark.parametrize("scrap", ["\ud800", r"\ud800"])
+def test_half_surrogate_pairs_are_dropped(scrap: str) -> None:
+    """An answer can always be written to a wire or a file, also if the data escapes the pair."""
+    content = f'[[ ## rows ## ]]\n["Mars{scrap} is"]\n\nWrite one JSON object with the keys `a`.'
+    assert chat(content).encode() == b'{"a": "Mars is"}'
 
 
 N = 100_000

@@ -458,9 +458,23 @@ def test_progress_is_reported_after_each_item() -> None:
     dspy.Parallel(num_threads=2, on_error="return", progress=lambda *r: reports.append(r))(
         [(Halve(), {"x": x}) for x in range(6)]
     )
-    assert sorted(r[0] for r in reports) == [1, 2, 3, 4, 5, 6]
+    assert [r[0] for r in reports] == [1, 2, 3, 4, 5, 6]
     assert {r[1] for r in reports} == {6}
     assert max(r[2] for r in reports) == 3
+
+
+def test_progress_comes_in_order_and_before_the_results() -> None:
+    """A slow report is neither overtaken by a later one nor left behind by the batch."""
+    reports: list[int] = []
+    first_waits = threading.Event()
+
+    def report(done: int, total: int | None, errors: int) -> None:
+        if done == 1:
+            first_waits.wait(0.2)  # long enough for the other seven to finish
+        reports.append(done)
+
+    dspy.Parallel(num_threads=8, progress=report)([(double, (x,)) for x in range(8)])
+    assert reports == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_progress_callback_that_raises_harms_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -196,6 +196,26 @@ def test_wrong_inputs_are_refused_with_the_right_call(
     assert [part for part in parts if part not in message] == []
 
 
+@pytest.mark.parametrize("name", ["lm", "demos", "config"])
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda more: Predict(QA, **more),
+        lambda more: ChainOfThought(QA, **more),
+        lambda more: Predict(QA).update_config(**more),
+        lambda more: Predict(QA)(question="q", config=more),
+    ],
+    ids=["Predict", "CoT", "update_config", "call"],
+)
+def test_what_is_no_request_parameter_is_refused_in_the_config(
+    give: Callable[[Any], Any], name: str
+) -> None:
+    """`Predict(QA, lm=cheap)` would send the model to the model, and ask the expensive one."""
+    message = refused(InputFieldError, lambda _: give({name: FakeLM()}))
+    assert f"`{name}` is no request parameter" in message
+    assert f"predict.{name} = ..." in message
+
+
 async def test_wrong_inputs_are_refused_when_awaited_too() -> None:
     """Both doors lead to the same check."""
     lm = FakeLM()
@@ -204,12 +224,6 @@ async def test_wrong_inputs_are_refused_when_awaited_too() -> None:
             with pytest.raises(InputFieldError):
                 await call
     assert lm.requests == ()
-
-
-def test_chain_of_thought_refuses_wrong_inputs_too() -> None:
-    """Its inputs are those of the signature that it was given."""
-    refused(InputFieldError, lambda p: p("q"), ChainOfThought(QA))
-    refused(InputFieldError, lambda p: p(q="q"), ChainOfThought(QA))
 
 
 def test_bad_signature_for_one_call_is_refused() -> None:
@@ -367,14 +381,6 @@ def test_overrides_hold_for_one_call() -> None:
     assert (predict.signature, predict.lm, predict.config) == (QA, None, {})
 
 
-def test_instructions_of_one_predictor_replace_those_of_the_signature() -> None:
-    """The same fields serve two tasks."""
-    lm = FakeLM(default={"answer": "a"})
-    ask(Predict(QA, instructions="Guess."), lm, question="q")
-    assert "Task: Guess." in prompt_of(lm.requests[0])
-    assert "Answer the question." not in prompt_of(lm.requests[0])
-
-
 # --- an answer that does not parse ---------------------------------------------------------------
 
 
@@ -435,10 +441,6 @@ def test_one_unreadable_answer_of_several_asks_again_for_all() -> None:
 # --- threads and tasks ----------------------------------------------------------------------------
 
 
-def tenant(number: int) -> tuple[FakeLM, int]:
-    return FakeLM(default={"answer": f"answer {number}"}, model=f"fake/{number}"), number
-
-
 @pytest.mark.parametrize("adapter", [ChatAdapter(), JSONAdapter()], ids=["chat", "json"])
 @pytest.mark.parametrize("shared", [Predict(QA), ChainOfThought(QA)], ids=["Predict", "CoT"])
 def test_one_predictor_serves_16_threads_with_16_lms(shared: Any, adapter: Any) -> None:
@@ -485,8 +487,7 @@ async def test_one_predictor_serves_16_tasks_with_16_lms() -> None:
     predict, answers = Predict(QA), {}
 
     async def serve(number: int) -> None:
-        lm, _ = tenant(number)
-        with dspylite.context(lm=lm):
+        with dspylite.context(lm=FakeLM(default={"answer": f"answer {number}"})):
             answers[number] = (await predict.acall(question="q")).answer
 
     with anyio.fail_after(10):

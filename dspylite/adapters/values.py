@@ -234,8 +234,11 @@ def validate(field: Field, value: Any) -> Any:
     Raises:
         ValueError: It is not a value of the field's type.
     """
-    if field.annotation is str and isinstance(value, str) and not field.constraints:
-        return value
+    if field.annotation is str:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = to_json(value)  # `"answer": 5` for a text is a model's usual slip
+        if isinstance(value, str) and not field.constraints:
+            return value
     try:
         return _validated(field, value)
     except ValueError:

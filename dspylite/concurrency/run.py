@@ -140,6 +140,8 @@ class Run:
         self._changed = threading.Condition(self._lock)
         # `_taking` guards the user's iterator; it is taken before `_lock`, never inside it.
         self._taking = threading.Lock()
+        # `_telling` keeps progress reports in order; it is taken before `_lock`, never inside it.
+        self._telling = threading.Lock()
         self._outcomes: dict[int, Outcome[Any]] = {}
         self._sources: dict[int, Any] = {}  # of items under way or failed
         self._active: dict[int, float] = {}  # index -> start on the monotonic clock
@@ -187,9 +189,24 @@ class Run:
 
     def finish(self, outcome: Outcome[Any]) -> bool:
         """Record how an item ended; False if it had been given up before."""
+        if self._progress is None:
+            return self._record(outcome) is not None
+        with self._telling:
+            counts = self._record(outcome)
+            if counts is None:
+                return False
+            done, errors = counts
+            try:
+                self._progress(done, self.total, errors)
+            except Exception:  # reported here; a broken progress display must not harm the batch
+                logger.warning("the progress callback failed", exc_info=True)
+            return True
+
+    def _record(self, outcome: Outcome[Any]) -> tuple[int, int] | None:
+        """Keep an outcome; return how many items are done and how many of them failed."""
         with self._lock:
             if outcome.index not in self._active:
-                return False
+                return None
             del self._active[outcome.index]
             self._outcomes[outcome.index] = outcome
             if outcome.ok:
@@ -199,15 +216,9 @@ class Run:
                 most = self._limits.max_errors
                 if most is not None and self._errors >= most and not self._stop_reason:
                     self._stop_reason = f"the limit of {most} errors was reached"
-            done, errors = len(self._outcomes), self._errors
             if not self._active:
                 self._changed.notify_all()
-        if self._progress is not None:
-            try:
-                self._progress(done, self.total, errors)
-            except Exception:  # reported here; a broken progress display must not harm the batch
-                logger.warning("the progress callback failed", exc_info=True)
-        return True
+            return len(self._outcomes), self._errors
 
     def _context_of(self, index: int, tracker: UsageTracker) -> Context:
         context = self._context.copy()
@@ -330,7 +341,7 @@ class Run:
             late: list[tuple[int, float]] = []
             with self._lock:
                 if self._closed() and not self._active:
-                    return
+                    break
                 now = time.monotonic()
                 late, wait_s = self._late(now)
                 if not late:
@@ -338,6 +349,8 @@ class Run:
             for index, timeout_s in late:
                 if self.finish(self._timed_out(index, timeout_s)) and not self._closed():
                     self._start_worker(budget if budget.take(1) else None)
+        with self._telling:  # the last report is out before the caller has its results
+            return
 
     def _late(self, now: float) -> tuple[list[tuple[int, float]], float | None]:
         """Find items whose time is up, and how long to wait until the next may be."""

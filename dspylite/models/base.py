@@ -5,6 +5,7 @@ Not here: the engines, and the policies of the chain (`models/middleware.py`).
 
 from __future__ import annotations
 
+import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
@@ -199,7 +200,10 @@ class BaseLM:
         return twin
 
     def __repr__(self) -> str:
-        shown = {name: ("..." if is_secret(name) else value) for name, value in self.kwargs.items()}
+        shown = {
+            name: "..." if is_secret(name) else _without_userinfo(value)
+            for name, value in self.kwargs.items()
+        }
         inside = "".join(f", {name}={value!r}" for name, value in shown.items())
         return f"{type(self).__name__}({self.model!r}{inside})"
 
@@ -211,6 +215,11 @@ def _own_copy(value: Any) -> Any:
     if isinstance(value, list):
         return [_own_copy(item) for item in value]
     return value
+
+
+def _without_userinfo(value: Any) -> Any:
+    """Hide `user:password@` of a URL."""
+    return re.sub(r"://[^/@\s]+@", "://...@", value) if isinstance(value, str) else value
 
 
 class _Forward:

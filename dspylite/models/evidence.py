@@ -169,7 +169,7 @@ class Evidence:
             worth = score * (0.1 + 0.45 * breadth)
             worth *= 1 + _PASSAGE_SHARE * nearby.get(span.passage, 0.0) + 0.1 / (1 + span.passage)
             worth *= span.quality * _bonus(span.text, kinds, query)
-            if definition and _defines(span.text, query):
+            if definition and len(shared[place]) == asked and _defines(span.text, shared[place]):
                 worth *= 1.5
             matches.append((worth, -place))
         return [
@@ -189,10 +189,10 @@ def _bonus(text: str, kinds: frozenset[str], query: Mapping[str, float]) -> floa
     return 1.3 * bonus if is_order else bonus
 
 
-def _defines(text: str, query: Mapping[str, float]) -> bool:
-    """Tell whether the sentence is of the form "X is ...", X being most of the query."""
+def _defines(text: str, asked: Mapping[str, float]) -> bool:
+    """Tell whether the sentence is of the form "X is ...", X holding all that was asked for."""
     found = _DEFINITION.match(text)
-    return found is not None and 2 * len(query.keys() & set(terms(found[1]))) >= len(query) > 0
+    return found is not None and asked.keys() <= set(terms(found[1]))
 
 
 class Inquiry:

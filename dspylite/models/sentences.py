@@ -311,12 +311,11 @@ def _code_lines(lines: list[str]) -> tuple[set[int], dict[int, str]]:
 
 
 def _row_text(line: str) -> str:
-    """Give the wordiest cell of a table row, after the first cell if that names it."""
+    """Give the wordiest cell of a table row, after the first cell with a word, which names it."""
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     wordy = max(cells, key=lambda cell: cell.count(" "))
-    first = cells[0]
-    is_name = first != wordy and len(first) <= 60 and sum(char.isalpha() for char in first) > 2
-    return f"{first}: {wordy}" if is_name else wordy
+    name = next((cell for cell in cells if sum(char.isalpha() for char in cell) > 2), wordy)
+    return wordy if name == wordy or len(name) > 60 else f"{name}: {wordy}"
 
 
 def _is_rule(line: str) -> bool:

@@ -135,7 +135,7 @@ class Predict(Typed[P, S]):
     ) -> None:
         super().__init__(callbacks)
         self.signature = _usable_signature(signature, config.pop("instructions", None))
-        self.config = config
+        self.config = _usable_config(config)
         self.reset()
 
     def reset(self) -> None:
@@ -147,7 +147,7 @@ class Predict(Typed[P, S]):
 
     def update_config(self, **config: Any) -> None:
         """Change request parameters of every call from now on."""
-        self.config = {**self.config, **config}
+        self.config = {**self.config, **_usable_config(config)}
 
     def forward(self, /, **inputs: Any) -> Any:
         """Ask, without a call frame; call the predictor itself instead."""
@@ -194,10 +194,7 @@ class Predict(Typed[P, S]):
         )
         own = self.lm if overrides.get("lm") is None else overrides["lm"]
         lm = _usable(settings.lm if own is None else own)
-        config = overrides.get("config")
-        if config is not None and not isinstance(config, Mapping):
-            raise InputFieldError(f"`config` must be a dict of request parameters, not {config!r}.")
-        params = {**self.config, **(config or {})}
+        params = {**self.config, **_usable_config(overrides.get("config"))}
         if (params.get("n") or 1) > 1:
             temperature = params.get("temperature", lm.default_temperature)
             if temperature is None or temperature <= 0.15:
@@ -362,6 +359,18 @@ def _fits(annotation: Any, value: Any) -> bool:
         return isinstance(value, wanted)
     except TypeError:  # typed dicts and most protocols refuse to be asked
         return True
+
+
+def _usable_config(config: Any) -> dict[str, Any]:
+    if config is not None and not isinstance(config, Mapping):
+        raise InputFieldError(f"`config` must be a dict of request parameters, not {config!r}.")
+    for name in _OVERRIDES:
+        if config and name in config:
+            raise InputFieldError(
+                f"`{name}` is no request parameter: set `predict.{name} = ...`, or pass it to the "
+                "call itself."
+            )
+    return dict(config or {})
 
 
 def _usable_demos(demos: Any) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from dspylite.runtime.flow import CLOCK
 
 
 class FakeClock:
-    """The clock of all waits inside its `with` block, in whatever thread or task they happen.
+    """The clock of all waits inside its `with` block, and in the threads and tasks it reaches.
 
     A sleep returns at once and moves the clock, so that tests of retries and limits take no time.
 
