@@ -1,4 +1,8 @@
-"""What every test shares: async tests run on asyncio and on trio."""
+"""What every test shares: async tests run on asyncio and on trio; litellm leaves nothing open."""
+
+import inspect
+import sys
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -8,3 +12,25 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     """Name the event loop that an async test or fixture runs on."""
     backend: str = request.param
     return backend
+
+
+@pytest.fixture(scope="module")
+async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
+    """Run the module's async tests on one loop, and close litellm's connections before it ends."""
+    yield
+    if anyio_backend == "asyncio":
+        from litellm.llms.custom_httpx import async_client_cleanup
+
+        await async_client_cleanup.close_litellm_async_clients()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def litellms_sockets() -> Iterator[None]:
+    """Close litellm's sockets at the session's end, so that no warning follows its summary."""
+    yield
+    litellm = sys.modules.get("litellm")
+    if litellm is None:
+        return
+    for client in litellm.in_memory_llm_clients_cache.cache_dict.values():
+        if not inspect.iscoroutinefunction(client.close):
+            client.close()

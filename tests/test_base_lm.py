@@ -21,7 +21,7 @@ from dspylite.errors import (
     LMServerError,
 )
 from dspylite.models.base import GLOBAL_HISTORY
-from dspylite.models.offline import OfflineEngine
+from dspylite.models.offline.engine import OfflineEngine
 from dspylite.testing import FakeClock, FakeLM, FakeServer
 
 KEY = "sk-key-of-this-test-0123456789"

@@ -12,7 +12,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,16 +56,6 @@ def server(running: FakeServer) -> Iterator[FakeServer]:
     running.clear()
     yield running
     assert running.pending_replies == 0
-
-
-@pytest.fixture(scope="module")
-async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
-    """Run the module's async tests on one loop, and close litellm's connections before it ends."""
-    yield
-    if anyio_backend == "asyncio":
-        from litellm.llms.custom_httpx import async_client_cleanup
-
-        await async_client_cleanup.close_litellm_async_clients()
 
 
 awaited = pytest.mark.usefixtures("one_loop")

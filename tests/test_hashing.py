@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspylite.errors import EmbeddingError, EmbeddingShapeError
-from dspylite.models.hashing import hash_embedding
+from dspylite.models.offline.hashing import hash_embedding
 
 PARAGRAPH = (
     "The cache keeps answers on disk, keyed by the whole request. A second call with the same "
@@ -48,7 +48,7 @@ def test_long_vectors_keep_their_fingerprint(text: str) -> None:
 def test_another_process_gives_the_same_vector() -> None:
     """Python's own hash differs between processes, so it must play no part."""
     code = (
-        "import sys; from dspylite.models.hashing import hash_embedding;"
+        "import sys; from dspylite.models.offline.hashing import hash_embedding;"
         "sys.stdout.write(hash_embedding(sys.argv[1], 64).tobytes().hex())"
     )
     found = {

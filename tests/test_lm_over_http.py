@@ -5,13 +5,12 @@ Not here: which error a failure becomes (`test_translate.py`).
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from dspylite.errors import (
     LMRateLimitError,
     LMServerError,
 )
-from dspylite.models.litellm import load_litellm
 from dspylite.programs.predict import Predict
 from dspylite.testing import FakeClock, FakeServer, Reply
 
@@ -50,30 +48,11 @@ def running() -> Iterator[FakeServer]:
         yield server
 
 
-@pytest.fixture(scope="session", autouse=True)
-def sockets() -> Iterator[None]:
-    """Close litellm's sockets at the session's end, so that no warning follows its summary."""
-    yield
-    for client in load_litellm().in_memory_llm_clients_cache.cache_dict.values():
-        if not inspect.iscoroutinefunction(client.close):
-            client.close()
-
-
 @pytest.fixture
 def server(running: FakeServer) -> Iterator[FakeServer]:
     running.clear()
     yield running
     assert running.pending_replies == 0
-
-
-@pytest.fixture(scope="module")
-async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
-    """Run the module's async tests on one loop, and close litellm's connections before it ends."""
-    yield
-    if anyio_backend == "asyncio":
-        from litellm.llms.custom_httpx import async_client_cleanup
-
-        await async_client_cleanup.close_litellm_async_clients()
 
 
 awaited = pytest.mark.usefixtures("one_loop")

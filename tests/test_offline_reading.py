@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from dspylite.adapters.base import BaseAdapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
-from dspylite.models.evidence import Evidence, Passage
-from dspylite.models.prompts import read_prompt
-from dspylite.models.reading import read_and_answer
-from dspylite.models.sentences import clean, split_sentences, terms
+from dspylite.models.offline.evidence import Evidence, Passage
+from dspylite.models.offline.prompts import read_prompt
+from dspylite.models.offline.reading import read_and_answer
+from dspylite.models.offline.sentences import clean, split_sentences, terms
 from dspylite.schema.messages import Message
 from dspylite.schema.signature import InputField, OutputField, make_signature
 

@@ -1,6 +1,7 @@
 """`Embedder`: texts to vectors, through a hosted model, a function of your own, or offline hashing.
 
-Not here: the block of vectors (`models/embeddings.py`) and the hashing (`models/hashing.py`).
+Not here: the block of vectors (`models/embeddings.py`), and how texts are hashed
+(`models/offline/hashing.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from dspylite.errors import (
 )
 from dspylite.models.base import check_numbers, check_url
 from dspylite.models.embeddings import Embeddings, read_vector
-from dspylite.models.hashing import hash_embedding
 from dspylite.models.litellm import LiteLLMEmbedding
 from dspylite.models.middleware import Retry
-from dspylite.models.offline import OFFLINE_PREFIX
+from dspylite.models.offline.engine import OFFLINE_PREFIX
+from dspylite.models.offline.hashing import hash_embedding
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import settings
 from dspylite.schema.messages import Usage

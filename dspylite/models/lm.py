@@ -12,7 +12,7 @@ from dspylite.abc import Engine, Io
 from dspylite.errors import LMConfigurationError, nearest
 from dspylite.models.base import BaseLM, ModelType, check_url
 from dspylite.models.litellm import LiteLLMChat
-from dspylite.models.offline import OFFLINE_MODEL, OFFLINE_PREFIX, OfflineEngine
+from dspylite.models.offline.engine import OFFLINE_MODEL, OFFLINE_PREFIX, OfflineEngine
 from dspylite.schema.messages import LMResponse, Message
 
 _NOT_IN_THIS_RUNTIME = frozenset(

@@ -1,7 +1,7 @@
 """The policies around a call, and how they form a chain.
 
 A policy is one method `async def handle(self, request, call_next, io)`, which serves sync and async
-callers alike. Not here: the call itself (`models/litellm.py`, `models/offline.py`).
+callers alike. Not here: the call itself (`models/litellm.py`, `models/offline/engine.py`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dspylite.adapters.base import BaseAdapter
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.models.base import BaseLM
 from dspylite.models.embedder import Embedder
-from dspylite.models.hashing import hash_embedding
+from dspylite.models.offline.hashing import hash_embedding
 from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Usage
 from dspylite.schema.signature import OutputField, make_signature
 

@@ -1,6 +1,6 @@
 """Finds the sentences of some passages that match a few words best: BM25, with a taste for prose.
 
-Not here: what a sentence is (`models/sentences.py`), nor what is asked (`models/reading.py`).
+Not here: what a sentence is (`sentences.py`), nor what is asked (`reading.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dspylite.models.sentences import LABEL, Passage, Span, read_spans, stem, terms
+from dspylite.models.offline.sentences import LABEL, Passage, Span, read_spans, stem, terms
 
 MAX_SPANS = 20_000
 """Sentences read; about 2 MB of prose, and later ones are not seen."""

@@ -1,6 +1,6 @@
 """The engine that answers without any model: `OfflineLM`'s.
 
-Not here: how it reads a prompt and picks an answer (`models/reading.py`).
+Not here: how it reads a prompt and picks an answer (`reading.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Message, U
 @functools.cache
 def _load_reader() -> Callable[[Sequence[Message]], str]:
     # A tenth of the time of importing this package, for something that few programs use.
-    from dspylite.models.reading import read_and_answer  # noqa: PLC0415
+    from dspylite.models.offline.reading import read_and_answer  # noqa: PLC0415
 
     return read_and_answer
 

@@ -1,7 +1,7 @@
 """Splits text and Markdown into sentences, and words into stems, for the offline reader.
 
 Headings, tables and code are left out of sentences. Not here: which sentence fits a question
-(`models/evidence.py`).
+(`evidence.py`).
 """
 
 from __future__ import annotations

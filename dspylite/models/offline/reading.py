@@ -1,7 +1,7 @@
 """Answers a prompt in the form it asks for, out of its own text alone: the brain of `OfflineLM`.
 
-Not here: what a prompt asks for (`models/prompts.py`), which sentence fits (`models/evidence.py`)
-and what value fits a type (`models/fitting.py`).
+Not here: what a prompt asks for (`prompts.py`), which sentence fits (`evidence.py`)
+and what value fits a type (`fitting.py`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from dspylite.models.evidence import Evidence, Inquiry, Match
-from dspylite.models.fitting import Fitter, clip_text
-from dspylite.models.prompts import END, Prompt, Wanted, encodable, fence, header, read_prompt
-from dspylite.models.sentences import MAX_SPAN_CHARS, Passage, clean, split_sentences, terms
+from dspylite.models.offline.evidence import Evidence, Inquiry, Match
+from dspylite.models.offline.fitting import Fitter, clip_text
+from dspylite.models.offline.prompts import (
+    END,
+    Prompt,
+    Wanted,
+    encodable,
+    fence,
+    header,
+    read_prompt,
+)
+from dspylite.models.offline.sentences import MAX_SPAN_CHARS, Passage, clean, split_sentences, terms
 from dspylite.schema.messages import Message
 
 MAX_QUESTION_CHARS = 2_000

@@ -1,7 +1,7 @@
 """Makes a value that fits a JSON schema out of what an inquiry finds, for the offline reader.
 
-Not here: how single numbers, dates and choices are found (`models/scalars.py`), and how an output's
-type is told in a prompt (`models/reading.py`).
+Not here: how single numbers, dates and choices are found (`scalars.py`), and how an output's
+type is told in a prompt (`reading.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from dspylite.models.evidence import Inquiry
-from dspylite.models.scalars import (
+from dspylite.models.offline.evidence import Inquiry
+from dspylite.models.offline.scalars import (
     bounded_number,
     find_confidence,
     find_format,
@@ -20,7 +20,7 @@ from dspylite.models.scalars import (
     is_true,
     pick_choice,
 )
-from dspylite.models.sentences import MAX_SPAN_CHARS
+from dspylite.models.offline.sentences import MAX_SPAN_CHARS
 
 Schema = Mapping[str, Any]
 
@@ -60,7 +60,7 @@ class Fitter:
         definitions: Schemas that a `$ref` names.
 
     Example:
-        >>> from dspylite.models.evidence import Evidence, Passage
+        >>> from dspylite.models.offline.evidence import Evidence, Passage
         >>> evidence = Evidence([Passage(text="The old bridge is 312 m long.")])
         >>> fitter = Fitter(Inquiry("How long is the bridge?", "", evidence))
         >>> fitter.fit({"type": "integer", "minimum": 1})

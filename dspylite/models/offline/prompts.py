@@ -1,6 +1,6 @@
 """Understands a prompt: which outputs it wants, of which types and in which form, and its inputs.
 
-A prompt is read as text, like any model would. Not here: what is answered (`models/reading.py`).
+A prompt is read as text, like any model would. Not here: what is answered (`reading.py`).
 """
 
 from __future__ import annotations

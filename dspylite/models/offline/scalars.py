@@ -1,6 +1,6 @@
 """Reads numbers, dates, addresses, choices and verdicts out of what an inquiry finds.
 
-Not here: text and structured values (`models/fitting.py`).
+Not here: text and structured values (`fitting.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dspylite.models.evidence import Inquiry
-from dspylite.models.sentences import stem, terms
+from dspylite.models.offline.evidence import Inquiry
+from dspylite.models.offline.sentences import stem, terms
 
 _NUMBER = re.compile(
     r"(?<![\w.,:/-])(?:-(?=\d))?(?:\d{1,3}(?:,\d{3}){1,4}|\d{1,15})(?:\.\d{1,9})?(?![\d_]|[.,:/-]\d)"

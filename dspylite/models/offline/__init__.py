@@ -1,0 +1,1 @@
+"""What works without any model: the reader behind `OfflineLM`, and hashed vectors."""
