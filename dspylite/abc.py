@@ -156,6 +156,9 @@ class LanguageModel(Protocol):
 class Adapter(Protocol):
     """Turns a signature and values into messages, and an answer into values. Pure text."""
 
+    uses_capabilities: bool
+    """Whether `params` looks at the model's capabilities, which may take a moment to find out."""
+
     @property
     def fallback(self) -> Adapter | None:
         """The adapter to try once when an answer does not parse; None for none."""

@@ -13,11 +13,13 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import pytest
 
+import dspylite as dspy
 from dspylite import LM, Embedder, context, track_usage
 from dspylite.errors import (
     LMAuthError,
@@ -439,3 +441,56 @@ def test_wrong_key_is_told_by_class(server: FakeServer) -> None:
             lm_of(strict, api_key="sk-the-wrong-key")("hi")
         assert lm_of(strict, api_key="sk-the-right-key")("hi") == ["echo: hi"]
         assert [request.status for request in strict.requests] == [401, 200]
+
+
+# --- What the model can do -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"model": "openai/gpt-4o-mini"}, "json_schema"),
+        ({"model": "openai/m"}, None),
+        ({"model": "openai/m", "capabilities": {"json_schema"}}, "json_schema"),
+        ({"model": "openai/m", "capabilities": ["json_object"]}, "json_object"),
+        ({"model": "openai/gpt-4o-mini", "capabilities": ()}, None),
+    ],
+    ids=str,
+)
+def test_a_schema_is_sent_where_the_model_has_it(
+    server: FakeServer, options: dict[str, Any], wanted: str | None
+) -> None:
+    """A server that does not know `response_format` may refuse the whole request."""
+    server.script(Reply(text='{"answer": "yes"}'))
+    lm = LM(**options, api_base=server.base_url, api_key=KEY)
+    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
+        assert dspy.Predict("question -> answer")(question="?").answer == "yes"
+    form: Any = sent(server).get("response_format")
+    assert (form["type"] if form else None) == wanted
+    if wanted == "json_schema":
+        assert form["json_schema"]["schema"]["required"] == ["answer"]
+
+
+@awaited
+async def test_a_schema_is_sent_by_awaited_calls_too(server: FakeServer) -> None:
+    """Looking the model up must not block the event loop, nor be left out there."""
+    server.script(Reply(text='{"answer": "yes"}'))
+    lm = LM("openai/gpt-4o-mini", api_base=server.base_url, api_key=KEY)
+    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
+        prediction = await dspy.Predict("question -> answer").acall(question="?")
+    assert prediction.answer == "yes"
+    assert "response_format" in sent(server)
+
+
+def test_a_copy_can_have_other_capabilities() -> None:
+    """They are the LM's own and never sent as request parameters."""
+    lm = LM("openai/m").copy(capabilities={"json_object"}, use_developer_role=True)
+    assert lm.capabilities == {"json_object"}
+    assert lm.use_developer_role
+    assert lm.kwargs == {}
+
+
+def test_an_unknown_capability_is_refused_when_the_lm_is_made() -> None:
+    """A typo would silently switch structured output off."""
+    with pytest.raises(dspy.LMConfigurationError, match="Did you mean `json_schema`"):
+        LM("openai/m", capabilities={"json_shema"})

@@ -77,6 +77,9 @@ class BaseAdapter(abc.ABC):
         """Leave the written tasks behind; they are made again where they are needed."""
         return {**self.__dict__, "_tasks": {}}
 
+    uses_capabilities: bool = False
+    """Whether `params` looks at the model's capabilities."""
+
     @property
     def fallback(self) -> BaseAdapter | None:
         """The adapter to try once when an answer does not parse; None here."""

@@ -28,6 +28,8 @@ class JSONAdapter(BaseAdapter):
     another shape.
     """
 
+    uses_capabilities = True
+
     def form(self, signature: type[Signature]) -> str:
         """Show the keys of the object."""
         shape = ", ".join(f'"{name}": <{name}>' for name in signature.output_fields)

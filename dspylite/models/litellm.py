@@ -6,6 +6,7 @@ litellm's own retries are off: one request is one request. Not here: policies ar
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -39,6 +40,26 @@ def load_litellm() -> Any:
                 litellm.suppress_debug_info = True
                 _loaded.append(litellm)
     return _loaded[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def chat_capabilities(model: str) -> frozenset[str]:
+    """Look up in litellm's own table what a chat model can do; never asks the network.
+
+    Returns:
+        `"json_schema"` and `"json_object"`, as far as the model takes such a `response_format`;
+        nothing for models that the table does not know.
+    """
+    try:
+        known = load_litellm().get_model_info(model)
+    except Exception:  # noqa: BLE001  # an unknown model, whatever litellm raises for it
+        return frozenset()
+    found: set[str] = set()
+    if "response_format" in (known.get("supported_openai_params") or ()):
+        found.add("json_object")
+    if known.get("supports_response_schema"):
+        found |= {"json_object", "json_schema"}
+    return frozenset(found)
 
 
 def _secrets(arguments: Mapping[str, Any]) -> list[str]:

@@ -5,13 +5,13 @@ Not here: what all models share (`models/base.py`), and the engines themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Self
 
 from dspylite.abc import Engine, Io
 from dspylite.errors import LMConfigurationError, nearest
 from dspylite.models.base import BaseLM, ModelType, check_url
-from dspylite.models.litellm import LiteLLMChat
+from dspylite.models.litellm import LiteLLMChat, chat_capabilities
 from dspylite.models.offline.engine import OFFLINE_MODEL, OFFLINE_PREFIX, OfflineEngine
 from dspylite.schema.messages import LMResponse, Message
 
@@ -26,6 +26,8 @@ _NOT_IN_THIS_RUNTIME = frozenset(
     }
 )
 _ENGINES = ("auto", "litellm")
+_OWN_PARAMETERS = ("use_developer_role", "capabilities")
+_CAPABILITIES = frozenset({"json_object", "json_schema"})
 _LITELLM = LiteLLMChat()
 _OFFLINE = OfflineEngine()
 
@@ -48,6 +50,8 @@ class LM(BaseLM):
         num_retries: Further attempts after a failure that may pass; 0 sends each request once.
         use_developer_role: Whether system messages are sent as `developer` messages.
         engine: Who makes the call: `"auto"` or `"litellm"`.
+        capabilities: What the model can do beyond text: `"json_schema"`, `"json_object"`. None:
+            what litellm's table says of the model, which is nothing for models of your own.
         **kwargs: Sent with every request: `api_key` (a string, or a function that returns one),
             `api_base`, `timeout` (seconds), `extra_headers`, `top_p`, `stop` and so on.
 
@@ -71,6 +75,7 @@ class LM(BaseLM):
         *,
         use_developer_role: bool = False,
         engine: str = "auto",
+        capabilities: Collection[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if refused := [name for name in kwargs if name in _NOT_IN_THIS_RUNTIME]:
@@ -98,6 +103,14 @@ class LM(BaseLM):
             model, model_type, temperature, max_tokens, cache, callbacks, num_retries, **kwargs
         )
         self.use_developer_role = use_developer_role
+        self._capabilities = _checked_capabilities(capabilities)
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the model can do beyond text; the first look may load litellm."""
+        if self._capabilities is not None:
+            return self._capabilities
+        return frozenset() if self.model == OFFLINE_MODEL else chat_capabilities(self.model)
 
     async def plan(
         self, io: Io, messages: Sequence[Message], params: Mapping[str, Any]
@@ -109,6 +122,19 @@ class LM(BaseLM):
                 for message in messages
             ]
         return await super().plan(io, messages, params)
+
+    def copy(self, **changes: Any) -> Self:
+        """Return an LM with an empty history of its own and some parameters changed.
+
+        A change to None takes the parameter away.
+        """
+        own = {name: changes.pop(name) for name in _OWN_PARAMETERS if name in changes}
+        twin = super().copy(**changes)
+        if "use_developer_role" in own:
+            twin.use_developer_role = own["use_developer_role"]
+        if "capabilities" in own:
+            twin._capabilities = _checked_capabilities(own["capabilities"])  # noqa: SLF001  # ours
+        return twin
 
     @property
     def engine(self) -> Engine:
@@ -130,3 +156,15 @@ class OfflineLM(LM):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(OFFLINE_MODEL, **kwargs)
+
+
+def _checked_capabilities(names: Collection[str] | None) -> frozenset[str] | None:
+    if names is None:
+        return None
+    for name in [names] if isinstance(names, str) else names:
+        if name not in _CAPABILITIES:
+            raise LMConfigurationError(
+                f"There is no capability {name!r}. {nearest(str(name), _CAPABILITIES)}"
+                f"Give a set of: {', '.join(sorted(_CAPABILITIES))}."
+            )
+    return frozenset([names] if isinstance(names, str) else names)

@@ -293,7 +293,10 @@ async def _attempt(
     with Observed("adapter_format", adapter, shown) as call:
         messages = adapter.format(signature, question.demos, question.inputs)
         call.outputs = messages
-    params = {**adapter.params(signature, question.lm.capabilities), **question.params}
+    capabilities: frozenset[str] = frozenset()
+    if adapter.uses_capabilities:
+        capabilities = await io.any(lambda: question.lm.capabilities)
+    params = {**adapter.params(signature, capabilities), **question.params}
     response = await question.lm.plan(io, messages, params)
     responses.append(response)
     rows: list[dict[str, Any]] = []
