@@ -15,8 +15,9 @@ from dspylite.adapters.base import BaseAdapter
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.models.base import BaseLM
 from dspylite.models.embedder import Embedder
+from dspylite.models.offline.engine import respond
 from dspylite.models.offline.hashing import hash_embedding
-from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Usage
+from dspylite.schema.messages import LMRequest, LMResponse
 from dspylite.schema.signature import OutputField, make_signature
 
 Scripted = str | Mapping[str, Any] | LMResponse | BaseException
@@ -196,17 +197,7 @@ class _Script:
             raise answer
         if isinstance(answer, LMResponse):
             return answer
-        text = answer if isinstance(answer, str) else self._write(answer)
-        count = max(1, int(request.params.get("n") or 1))
-        read = sum(len(str(message["content"]).split()) for message in request.messages)
-        written = len(text.split()) * count
-        return LMResponse(
-            outputs=(LMOutput(text=text, finish_reason="stop"),) * count,
-            usage=Usage(
-                prompt_tokens=read, completion_tokens=written, total_tokens=read + written, calls=1
-            ),
-            model=request.model,
-        )
+        return respond(request, answer if isinstance(answer, str) else self._write(answer))
 
     async def acall(self, request: LMRequest) -> LMResponse:
         return self.call(request)

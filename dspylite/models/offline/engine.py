@@ -31,21 +31,22 @@ class OfflineEngine:
 
     def call(self, request: LMRequest) -> LMResponse:
         """Answer on this thread, `n` times the same."""
-        text = _load_reader()(request.messages)
-        count = max(1, int(request.params.get("n") or 1))
-        read = sum(len(str(message["content"]).split()) for message in request.messages)
-        written = len(text.split()) * count
-        return LMResponse(
-            outputs=(LMOutput(text=text, finish_reason="stop"),) * count,
-            usage=Usage(
-                prompt_tokens=read,
-                completion_tokens=written,
-                total_tokens=read + written,
-                calls=1,
-            ),
-            model=request.model,
-        )
+        return respond(request, _load_reader()(request.messages))
 
     async def acall(self, request: LMRequest) -> LMResponse:
         """Answer in a worker thread: reading a long prompt takes milliseconds of CPU."""
         return await call_in_thread(self.call, request)
+
+
+def respond(request: LMRequest, text: str) -> LMResponse:
+    """Make the response that gives a text `n` times, with usage counted in words."""
+    count = max(1, int(request.params.get("n") or 1))
+    read = sum(len(str(message["content"]).split()) for message in request.messages)
+    written = len(text.split()) * count
+    return LMResponse(
+        outputs=(LMOutput(text=text, finish_reason="stop"),) * count,
+        usage=Usage(
+            prompt_tokens=read, completion_tokens=written, total_tokens=read + written, calls=1
+        ),
+        model=request.model,
+    )
