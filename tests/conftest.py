@@ -1,10 +1,14 @@
 """What every test shares: async tests run on asyncio and on trio; litellm leaves nothing open."""
 
 import inspect
+import multiprocessing
 import sys
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+
+from dspylite.testing import FakeServer
 
 
 @pytest.fixture(scope="module", params=["asyncio", "trio"])
@@ -22,6 +26,21 @@ async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
         from litellm.llms.custom_httpx import async_client_cleanup
 
         await async_client_cleanup.close_litellm_async_clients()
+
+
+@pytest.fixture
+def server(running: FakeServer) -> Iterator[FakeServer]:
+    """Give a test its module's `running` server with an empty log; its script must be used up."""
+    running.clear()
+    yield running
+    assert running.pending_replies == 0
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """A real pool of one spawned process, as services use them."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,10 +5,9 @@ Not here: which failure becomes which error; that is tested where the failure ha
 
 import copy
 import inspect
-import multiprocessing
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,13 +106,6 @@ CARRIERS: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
 }
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    """A real pool of one spawned process, as services use them."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as running:
-        yield running
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)

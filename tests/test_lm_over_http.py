@@ -50,13 +50,6 @@ def running() -> Iterator[FakeServer]:
         yield server
 
 
-@pytest.fixture
-def server(running: FakeServer) -> Iterator[FakeServer]:
-    running.clear()
-    yield running
-    assert running.pending_replies == 0
-
-
 awaited = pytest.mark.usefixtures("one_loop")
 
 

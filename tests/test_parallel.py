@@ -237,6 +237,30 @@ def test_max_errors_stops_taking_items_and_says_what_was_not_tried(run: Run) -> 
     assert outcomes[9].attempts == 0
 
 
+def test_an_item_read_after_the_batch_stopped_is_not_run() -> None:
+    """The caller has its results already; a late item would be paid for and lost."""
+    reading, go_on = threading.Event(), threading.Event()
+    ran: list[str] = []
+
+    def fail() -> None:
+        assert reading.wait(5)
+        raise KeyError("stops the batch")
+
+    def pairs() -> Iterator[Any]:
+        yield fail, ()
+        reading.set()
+        assert go_on.wait(5)
+        yield ran.append, ("late",)
+
+    with pytest.raises(dspy.BatchError, match="limit of 1 errors"):
+        dspy.Parallel(num_threads=2, max_errors=1)(pairs())
+    workers = [t for t in threading.enumerate() if t.name.startswith("dspylite-worker")]
+    go_on.set()
+    for worker in workers:
+        worker.join(5)
+    assert ran == []
+
+
 class NeverCompared:
     """Raises when somebody compares it or asks for its truth."""
 

@@ -5,9 +5,8 @@ Not here: the text form (`test_grammar.py`), prompts and answers (`test_*_adapte
 
 import copy
 import enum
-import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from typing import Any, Literal
@@ -429,12 +428,6 @@ CARRIERS: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
 }
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as running:
-        yield running
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)

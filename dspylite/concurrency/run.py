@@ -173,8 +173,10 @@ class Run:
             self._stop_reason = self._stop_reason or reason
             self._changed.notify_all()
 
-    def _begin(self, source: Any) -> _Taken:
+    def _begin(self, source: Any) -> _Taken | None:
         with self._lock:
+            if self._stop_reason:  # it came while the input was being read; nobody waits any more
+                return None
             index = self._taken
             self._taken += 1
             self._sources[index] = source

@@ -330,6 +330,7 @@ async def _second(forward: Any, aforward: Any) -> Any:
 
 
 _OWN_SIDE: Both[[Any, Any], Any] = Both(lambda forward, aforward: forward, _second)  # noqa: ARG005
+"""Picks the body for the driver's side; it is then called by `io.any`, as either may be async."""
 
 
 @functools.lru_cache(maxsize=1024)
