@@ -31,7 +31,6 @@ from dspylite.schema.messages import Usage
 HASHING_MODEL = "offline/hashing"
 DEFAULT_HASH_DIMENSIONS = 512
 
-Vectors = Sequence[Sequence[float]]
 EmbedFunction = Callable[Concatenate[list[str], ...], Any]
 """From a list of texts to one vector per text, sync or async; takes further keywords too."""
 

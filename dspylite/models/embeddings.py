@@ -13,8 +13,6 @@ from typing import Any, SupportsFloat, SupportsIndex, cast, overload
 
 from dspylite.errors import EmbeddingShapeError, EmbeddingValueError
 
-ITEM_BYTES = 4
-
 
 class Embeddings:
     """A float32 block of shape (n, dim): row i is the vector of text i.

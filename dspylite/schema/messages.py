@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -134,11 +134,6 @@ class Usage:
 def _count(raw: Mapping[str, Any], name: str) -> int:
     value = raw.get(name)
     return value if isinstance(value, int) else 0
-
-
-def total_usage(parts: Iterable[Usage]) -> Usage:
-    """Sum any number of usages; none at all gives zeros."""
-    return sum(parts, Usage())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
