@@ -12,8 +12,11 @@ from dspylite.concurrency.parallel import Parallel
 from dspylite.errors import (
     AdapterParseError,
     BatchError,
+    BudgetExceededError,
+    CircuitOpenError,
     ContentFilterError,
     ContextWindowExceededError,
+    DeadlineExceededError,
     DSPyError,
     EmbeddingError,
     EmbeddingShapeError,
@@ -34,17 +37,25 @@ from dspylite.errors import (
     LMUnexpectedError,
     MissingExtraError,
     ModuleError,
+    OverloadedError,
     SettingsError,
     SignatureError,
+    TruncatedError,
     is_retryable_lm_error,
 )
 from dspylite.models.base import BaseLM
+from dspylite.models.breaker import CircuitBreaker, Health
 from dspylite.models.embedder import Embedder
 from dspylite.models.embeddings import Embeddings
+from dspylite.models.fallback import Fallback
+from dspylite.models.limits import MaxConcurrency
 from dspylite.models.lm import LM, OfflineLM
-from dspylite.models.middleware import Retry
+from dspylite.models.rates import RateLimit
+from dspylite.models.retry import Retry
+from dspylite.models.streams import LMStream
 from dspylite.programs.base import Module
 from dspylite.programs.predict import ChainOfThought, Predict
+from dspylite.runtime.budgets import budget
 from dspylite.runtime.calls import BaseCallback, current_call
 from dspylite.runtime.settings import SettingsWarning, configure, context, settings
 from dspylite.runtime.threads import (
@@ -54,7 +65,7 @@ from dspylite.runtime.threads import (
     propagate_to_threads,
 )
 from dspylite.runtime.tracking import track_usage
-from dspylite.schema.messages import Usage
+from dspylite.schema.messages import Attempt, LMDelta, LMRequest, LMResponse, Usage
 from dspylite.schema.records import Completions, Example, Prediction
 from dspylite.schema.signature import (
     InputField,
@@ -67,58 +78,74 @@ from dspylite.schema.signature import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "LM",
     "AdapterParseError",
+    "Attempt",
     "BaseCallback",
     "BaseLM",
     "BatchError",
+    "BudgetExceededError",
     "ChainOfThought",
     "ChatAdapter",
+    "CircuitBreaker",
+    "CircuitOpenError",
     "Completions",
     "ContentFilterError",
     "ContextWindowExceededError",
     "DSPyError",
+    "DeadlineExceededError",
     "Embedder",
     "EmbeddingError",
     "EmbeddingShapeError",
     "EmbeddingValueError",
     "Embeddings",
     "Example",
+    "Fallback",
     "FlowError",
+    "Health",
     "InputField",
     "InputFieldError",
     "ItemSkippedError",
     "ItemTimeoutError",
     "JSONAdapter",
+    "LM",
     "LMAuthError",
     "LMConfigurationError",
+    "LMDelta",
     "LMError",
     "LMInvalidRequestError",
     "LMNotConfiguredError",
     "LMRateLimitError",
+    "LMRequest",
+    "LMResponse",
     "LMServerError",
+    "LMStream",
     "LMTimeoutError",
     "LMTransportError",
     "LMUnexpectedError",
+    "MaxConcurrency",
     "MissingExtraError",
     "Module",
     "ModuleError",
     "OfflineLM",
     "Outcome",
     "OutputField",
+    "OverloadedError",
     "Parallel",
     "Predict",
     "Prediction",
+    "RateLimit",
     "Retry",
     "SettingsError",
     "SettingsWarning",
     "Signature",
     "SignatureError",
     "ThreadPoolExecutor",
+    "TruncatedError",
     "Usage",
     "asyncify",
     "bind",
     "bind_iter",
+    "budget",
     "configure",
     "context",
     "current_call",

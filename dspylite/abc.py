@@ -5,9 +5,12 @@ Not here: any behaviour. A low file that must name a high thing names its contra
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
+
+import anyio
 
 from dspylite.schema.messages import LMRequest, LMResponse, Message
 from dspylite.schema.signature import Signature
@@ -31,29 +34,40 @@ class Dual(Protocol[P, T_co]):
 
 
 class Ticket(Protocol):
-    """A place in a gate's queue."""
+    """A place in a gate's queue.
 
-    @property
-    def granted(self) -> bool:
-        """Whether the holder may pass."""
-        ...
+    Attributes:
+        granted: Whether the holder may pass.
+        look_again_at: Clock time at which a holder that still waits must call `gate.look`; None
+            where it need not, because another one does or only a leaver can let it in.
+        wake: Set by the holder while it waits; the gate calls it, from any thread and outside its
+            lock, after it changed one of the two above.
+    """
+
+    granted: bool
+    look_again_at: float | None
+    wake: Callable[[], None] | None
 
 
 K = TypeVar("K", bound=Ticket)
 
 
 class Gate(Protocol[K]):
-    """Something that lets a limited number of callers in, from any thread and event loop.
+    """Something that lets callers in by a rule of its own, from any thread and event loop.
 
     `Io.enter` turns it into a context manager. No method blocks. It makes its own kind of ticket.
     """
 
-    def ask(self, wake: Callable[[], None]) -> K:
-        """Queue up; `wake` is called once from any thread when a ticket that waited is granted."""
+    def ask(self, now: float) -> K:
+        """Queue up; the ticket is granted at once where that is possible."""
         ...
 
-    def leave(self, ticket: K) -> None:
-        """Give the place back, whether the ticket was granted or still waits."""
+    def look(self, now: float) -> None:
+        """Let in whom the time that has passed lets in."""
+        ...
+
+    def leave(self, ticket: K, now: float) -> None:
+        """Give the place back, whether the ticket was granted or still waits; a repeat is idle."""
         ...
 
 
@@ -72,11 +86,19 @@ class Clock(Protocol):
         """Wait on this event loop."""
         ...
 
+    def wait(self, event: threading.Event, seconds: float | None) -> None:
+        """Block this thread until the event is set or the seconds are over."""
+        ...
+
+    async def await_(self, event: anyio.Event, seconds: float | None) -> None:
+        """Wait on this event loop until the event is set or the seconds are over."""
+        ...
+
 
 class Io(Protocol):
     """The only door through which a plan waits; one driver blocks, the other awaits."""
 
-    async def call(self, dual: Dual[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(self, dual: Dual[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Call a leaf in the form that fits."""
         ...
 
@@ -100,8 +122,16 @@ class Io(Protocol):
         """Run a plan over items, at most `limit` at a time; results in the order of the items."""
         ...
 
-    def enter(self, gate: Gate[K]) -> AbstractAsyncContextManager[None]:
-        """Wait for a place in `gate`, hold it for the block, give it back."""
+    def time_left(self) -> float | None:
+        """Return the seconds until the deadline of the call in progress; None without one."""
+        ...
+
+    def enter(self, gate: Gate[K]) -> AbstractAsyncContextManager[K]:
+        """Wait for a place in `gate`, hold it for the block, give it back.
+
+        Raises:
+            DeadlineExceededError: The call's time ran out before a place was free.
+        """
         ...
 
 
@@ -146,9 +176,21 @@ class LanguageModel(Protocol):
         ...
 
     async def plan(
-        self, io: Io, messages: Sequence[Message], params: Mapping[str, Any]
+        self,
+        io: Io,
+        messages: Sequence[Message],
+        params: Mapping[str, Any],
+        *,
+        stream: bool = False,
     ) -> LMResponse:
-        """Run one call through the model's whole chain of policies."""
+        """Run one call through the model's whole chain of policies.
+
+        Args:
+            io: The driver.
+            messages: The chat so far.
+            params: What this call asks for, over the model's own parameters.
+            stream: Give `response.stream` instead of the outputs; the caller must close it.
+        """
         ...
 
 

@@ -12,6 +12,7 @@ a foreign exception into one of these; that is done at the border that meets the
     ├── FlowError                      also a RuntimeError
     ├── MissingExtraError              also an ImportError
     ├── AdapterParseError              also a ValueError
+    │   └── TruncatedError
     ├── BatchError
     ├── ItemSkippedError
     ├── ItemTimeoutError               also a TimeoutError
@@ -28,18 +29,55 @@ a foreign exception into one of these; that is done at the border that meets the
         ├── LMRateLimitError           retryable
         ├── LMServerError              retryable
         ├── LMTimeoutError             retryable, also a TimeoutError
+        │   └── DeadlineExceededError  not retryable
         ├── LMTransportError           retryable, also a ConnectionError
+        ├── OverloadedError
+        ├── CircuitOpenError
+        ├── BudgetExceededError
         └── LMUnexpectedError
 """
 
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 MAX_MESSAGE_CHARS = 2_000
 """Longest text kept from a provider's answer, so that an HTML error page does not fill a log."""
+
+
+class ErrorResponse(NamedTuple):
+    """What a web service answers; any framework can send it.
+
+    Attributes:
+        status: HTTP status.
+        headers: Content type, and how long to wait where that is known.
+        body: To be sent as JSON: `{"error": {"type", "code", "message"}}`.
+    """
+
+    status: int
+    headers: dict[str, str]
+    body: dict[str, Any]
+
+
+_HTTP_MESSAGES = {
+    400: "The request cannot be answered as it is.",
+    402: "The budget of this service is spent.",
+    413: "The request is longer than the model can read.",
+    422: "The request cannot be answered as it is.",
+    429: "The model is asked too often just now; try again later.",
+    500: "The service is not set up correctly.",
+    502: "The model failed to answer.",
+    503: "The service is overloaded; try again later.",
+    504: "The model did not answer in time.",
+}
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.removesuffix("Error")).lower()
 
 
 class DSPyError(Exception):
@@ -48,6 +86,38 @@ class DSPyError(Exception):
     Attributes of every subclass are plain data (strings, numbers, tuples, and for `BatchError` the
     user's own results), never a client, a response or a class.
     """
+
+    http_status: ClassVar[int] = 500
+    """What a web service should answer when this is why it cannot."""
+
+    def to_http(self) -> ErrorResponse:
+        """Say this to the caller of a web service, without naming what lies behind the service.
+
+        Example:
+            >>> answer = LMRateLimitError("openai/m: slow down", retry_after=1.2).to_http()
+            >>> answer.status, answer.headers["retry-after"], answer.body["error"]["code"]
+            (429, '2', 'rate_limit')
+        """
+        code = str(getattr(self, "code", None) or _snake(type(self).__name__))
+        headers = {"content-type": "application/json"}
+        wait_s: float | None = getattr(self, "retry_after", None)
+        if wait_s is not None and math.isfinite(wait_s):
+            headers["retry-after"] = str(max(0, math.ceil(wait_s)))  # HTTP knows whole seconds
+        elif self.http_status in {429, 503}:
+            headers["retry-after"] = "1"
+        shown = {"type": type(self).__name__, "code": code, "message": self.http_message}
+        request_id: str | None = getattr(self, "request_id", None)
+        if request_id is not None:
+            shown["request_id"] = request_id
+        return ErrorResponse(status=self.http_status, headers=headers, body={"error": shown})
+
+    @property
+    def http_message(self) -> str:
+        """One sentence for the caller of a web service."""
+        return (
+            _HTTP_MESSAGES.get(self.http_status)
+            or _HTTP_MESSAGES[400 if self.http_status < 500 else 502]
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from `args` and attributes, whatever the constructor's parameters are."""
@@ -110,6 +180,8 @@ class SignatureError(DSPyError, ValueError):
 class InputFieldError(DSPyError, TypeError):
     """A predictor was called with inputs its signature does not have, or without some it needs."""
 
+    http_status = 422
+
 
 class ModuleError(DSPyError, TypeError):
     """A module cannot run.
@@ -136,6 +208,8 @@ class AdapterParseError(DSPyError, ValueError):
         parsed_result: What could be read, as text; None if nothing could.
     """
 
+    http_status = 502
+
     def __init__(
         self,
         adapter_name: str,
@@ -154,6 +228,13 @@ class AdapterParseError(DSPyError, ValueError):
             f"The answer was: {self.lm_response!r}"
         )
         super().__init__(text)
+
+
+class TruncatedError(AdapterParseError):
+    """The model stopped at its length limit before the outputs were complete.
+
+    Give it room by `max_tokens=`, or ask for less.
+    """
 
 
 class BatchError(DSPyError):
@@ -202,6 +283,8 @@ class ItemTimeoutError(DSPyError, TimeoutError):
         timeout_s: What it was given, in seconds.
     """
 
+    http_status = 504
+
     def __init__(self, message: str, *, index: int, timeout_s: float) -> None:
         super().__init__(message)
         self.index = index
@@ -214,6 +297,8 @@ class EmbeddingError(DSPyError):
     Attributes:
         index: Place of the offending text in the input, where one can be named.
     """
+
+    http_status = 502
 
     def __init__(self, message: str, *, index: int | None = None) -> None:
         super().__init__(message)
@@ -240,6 +325,11 @@ class LMError(DSPyError):
         status: HTTP status, where there was one.
         request_id: The provider's id of the request, to quote to its support.
         retry_after: Seconds the provider asked to wait.
+        body: What the provider answered, clipped.
+
+    Attributes:
+        attempts: One `Attempt` for each request that was made before the call was given up.
+        is_outage: Whether the endpoint has answered before and is gone now.
     """
 
     default_code: ClassVar[str] = "lm_error"
@@ -257,6 +347,7 @@ class LMError(DSPyError):
         status: int | None = None,
         request_id: str | None = None,
         retry_after: float | None = None,
+        body: str | None = None,
     ) -> None:
         self.message = clip(message)
         super().__init__(self.message)
@@ -267,6 +358,9 @@ class LMError(DSPyError):
         self.status = status
         self.request_id = request_id
         self.retry_after = retry_after
+        self.body = None if body is None else clip(body)
+        self.attempts: tuple[Any, ...] = ()
+        self.is_outage = False
 
     @property
     def retry_after_s(self) -> float | None:
@@ -289,17 +383,23 @@ class LMNotConfiguredError(LMConfigurationError):
 class LMAuthError(LMError):
     """The key is missing, wrong, or not allowed to use the model (401, 403)."""
 
+    http_status = 502
+
     default_code = "auth"
 
 
 class LMInvalidRequestError(LMError):
     """The provider understood the request and refused it (400, 404, 422 and other 4xx)."""
 
+    http_status = 400
+
     default_code = "invalid_request"
 
 
 class ContextWindowExceededError(LMInvalidRequestError):
     """The prompt and the answer's limit together are longer than the model can take."""
+
+    http_status = 413
 
     default_code = "context_window_exceeded"
 
@@ -312,11 +412,15 @@ class ContextWindowExceededError(LMInvalidRequestError):
 class ContentFilterError(LMInvalidRequestError):
     """The provider's content policy refused the prompt."""
 
+    http_status = 422
+
     default_code = "content_filter"
 
 
 class LMRateLimitError(LMError):
     """The provider asked to slow down (429)."""
+
+    http_status = 429
 
     default_code = "rate_limit"
     retryable = True
@@ -325,6 +429,8 @@ class LMRateLimitError(LMError):
 class LMServerError(LMError):
     """The provider failed (5xx), or its answer could not be understood."""
 
+    http_status = 502
+
     default_code = "server"
     retryable = True
 
@@ -332,19 +438,59 @@ class LMServerError(LMError):
 class LMTimeoutError(LMError, TimeoutError):
     """The provider did not answer in time (408, or a local limit)."""
 
+    http_status = 504
+
     default_code = "timeout"
     retryable = True
+
+
+class DeadlineExceededError(LMTimeoutError):
+    """The time that a call was given by `deadline_s` is up; nothing more is tried."""
+
+    default_code = "deadline_exceeded"
+    retryable = False
 
 
 class LMTransportError(LMError, ConnectionError):
     """The connection could not be made or broke before the answer was complete."""
 
+    http_status = 502
+
     default_code = "transport"
     retryable = True
 
 
+class OverloadedError(LMError):
+    """So many calls wait for the same endpoint here that a further one is not let in."""
+
+    http_status = 503
+
+    default_code = "overloaded"
+
+
+class CircuitOpenError(LMError):
+    """The endpoint failed so often lately that it is left alone for a while.
+
+    `retry_after_s` is the time until it is tried again.
+    """
+
+    http_status = 503
+
+    default_code = "circuit_open"
+
+
+class BudgetExceededError(LMError):
+    """The tokens or the money of a `budget()` are spent, so the call was not made."""
+
+    http_status = 402
+
+    default_code = "budget_exceeded"
+
+
 class LMUnexpectedError(LMError):
     """A failure that fits no other class; its message carries the original's type and text."""
+
+    http_status = 502
 
     default_code = "unexpected"
 

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from dspylite.models.endpoints import forget_endpoints
 from dspylite.testing import FakeServer
 
 
@@ -22,10 +23,24 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
     """Run the module's async tests on one loop, and close litellm's connections before it ends."""
     yield
-    if anyio_backend == "asyncio":
+    if anyio_backend == "asyncio" and "litellm" in sys.modules:
         from litellm.llms.custom_httpx import async_client_cleanup
 
         await async_client_cleanup.close_litellm_async_clients()
+
+
+@pytest.fixture(params=["direct", "litellm"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test once through each engine."""
+    name: str = request.param
+    monkeypatch.setenv("DSPYLITE_ENGINE", name)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def unknown_endpoints() -> None:
+    """Let no test meet an endpoint that is held back for the failures of an earlier test."""
+    forget_endpoints()
 
 
 @pytest.fixture

@@ -253,8 +253,11 @@ def test_twin_has_all_parameters_and_a_history_of_its_own(twin_of: Any, server: 
     lm = used_lm(server)
     twin = twin_of(lm)
     assert len(twin.history) == 0
-    mine, its = ({**vars(each), "history": None} for each in (lm, twin))
+    # The policies are the same, and what they know of the endpoint is shared within the process.
+    own = {"history": None, "middleware": None, "_handlers": None}
+    mine, its = ({**vars(each), **own} for each in (lm, twin))
     assert its == mine
+    assert [type(policy) for policy in twin.middleware] == [type(p) for p in lm.middleware]
     twin("more")
     assert (len(lm.history), len(twin.history)) == (1, 1)
 
@@ -291,7 +294,7 @@ def test_pickle_after_many_calls_is_no_larger_than_a_fresh_one(server: FakeServe
 def test_unpickled_twins_wait_differently() -> None:
     """Workers that share the state of one random generator would all come back at the same time."""
     raw = pickle.dumps(dspy.LM("openai/m", num_retries=50))
-    (one,), (other,) = (pickle.loads(raw).middleware for _ in range(2))
+    (one, _), (other, _) = (pickle.loads(raw).middleware for _ in range(2))
     failure = LMServerError()
     waits = [[retry.delay(n, failure) for n in range(1, 50)] for retry in (one, other)]
     assert waits[0] != waits[1]
@@ -413,7 +416,7 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "negative retries": ({"num_retries": -1}, "`num_retries` must be 0 or more, not -1"),
     "retries as text": ({"num_retries": "3"}, "`num_retries` must be 0 or more, not '3'"),
     "unknown engine": ({"engine": "lightllm"}, "Did you mean `litellm`?"),
-    "unknown kind": ({"model_type": "audio"}, "`model_type` must be 'chat', not 'audio'"),
+    "unknown kind": ({"model_type": "audio"}, "`model_type` must be one of chat, text, responses"),
     "negative temperature": ({"temperature": -1}, "`temperature` must be a number of 0 or more"),
     "no tokens": ({"max_tokens": 0}, "`max_tokens` must be a number of more than 0"),
     "no time": ({"timeout": 0}, "`timeout` must be a number of more than 0"),

@@ -5,6 +5,8 @@ Not here: which failure becomes which error; that is tested where the failure ha
 
 import copy
 import inspect
+import json
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -22,13 +24,17 @@ from dspylite.errors import (
     MAX_MESSAGE_CHARS,
     AdapterParseError,
     BatchError,
+    CircuitOpenError,
     ContextWindowExceededError,
     DSPyError,
     ItemTimeoutError,
+    LMAuthError,
     LMError,
     LMRateLimitError,
+    LMServerError,
     LMTimeoutError,
     MissingExtraError,
+    OverloadedError,
     clip,
     is_retryable_lm_error,
     nearest,
@@ -54,6 +60,7 @@ SAMPLES: dict[str, Any] = {
     "untried": 3,
     "index": 7,
     "timeout_s": 0.5,
+    "body": "an error page",
 }
 """One value, never a default, for each constructor parameter of any error."""
 
@@ -192,7 +199,8 @@ def real_tree() -> dict[str, tuple[str | None, str]]:
         parents = [base.__name__ for base in cls.__bases__ if issubclass(base, DSPyError)]
         others = [b.__name__ for b in cls.__bases__ if not issubclass(b, DSPyError)]
         article = {name: "an" if name[0] in "AEIOU" else "a" for name in others}
-        remarks = ["retryable"] if vars(cls).get("retryable") else []
+        own = vars(cls).get("retryable") if cls is not errors.LMError else None
+        remarks = [] if own is None else ["retryable" if own else "not retryable"]
         remarks += [f"also {article[name]} {name}" for name in others if name != "Exception"]
         tree[cls.__name__] = (parents[0] if parents else None, ", ".join(remarks))
     return tree
@@ -314,3 +322,131 @@ def test_clip_says_how_much_it_left_out(text: str, limit: int, expected: str) ->
 def test_nearest_suggests_only_what_is_near(name: str, expected: str) -> None:
     """A wild guess would mislead more than no guess."""
     assert nearest(name, ["num_threads", "lm"]) == expected
+
+
+# --- over HTTP -----------------------------------------------------------------------------------
+
+HTTP = {
+    "DSPyError": (500, "dspy"),
+    "SettingsError": (500, "settings"),
+    "SignatureError": (500, "signature"),
+    "InputFieldError": (422, "input_field"),
+    "ModuleError": (500, "module"),
+    "FlowError": (500, "flow"),
+    "MissingExtraError": (500, "missing_extra"),
+    "AdapterParseError": (502, "adapter_parse"),
+    "TruncatedError": (502, "truncated"),
+    "BatchError": (500, "batch"),
+    "ItemSkippedError": (500, "item_skipped"),
+    "ItemTimeoutError": (504, "item_timeout"),
+    "EmbeddingError": (502, "embedding"),
+    "EmbeddingShapeError": (502, "embedding_shape"),
+    "EmbeddingValueError": (502, "embedding_value"),
+    "LMError": (500, "lm_error"),
+    "LMConfigurationError": (500, "configuration"),
+    "LMNotConfiguredError": (500, "not_configured"),
+    "LMAuthError": (502, "auth"),
+    "LMInvalidRequestError": (400, "invalid_request"),
+    "ContextWindowExceededError": (413, "context_window_exceeded"),
+    "ContentFilterError": (422, "content_filter"),
+    "LMRateLimitError": (429, "rate_limit"),
+    "LMServerError": (502, "server"),
+    "LMTimeoutError": (504, "timeout"),
+    "DeadlineExceededError": (504, "deadline_exceeded"),
+    "LMTransportError": (502, "transport"),
+    "OverloadedError": (503, "overloaded"),
+    "CircuitOpenError": (503, "circuit_open"),
+    "BudgetExceededError": (402, "budget_exceeded"),
+    "LMUnexpectedError": (502, "unexpected"),
+}
+"""Status and code for the caller of a web service. A key that is wrong is the service's fault, not
+its caller's, so it is no 401."""
+
+SECRETS = ("provider/model", "their_code", "It went wrong", "an error page", "forty-two")
+"""What `SAMPLES` holds of things that no caller of a service may see."""
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_every_error_has_a_status_and_a_code_for_http(cls: type[DSPyError]) -> None:
+    """A client of the service decides by these whether to come again (B 9C)."""
+    error = sample(cls)
+    if isinstance(error, LMError):
+        error.code = type(error).default_code
+    answer = error.to_http()
+    assert (answer.status, answer.body["error"]["code"]) == HTTP[cls.__name__]
+    assert answer.body["error"]["type"] == cls.__name__
+    assert answer.headers["content-type"] == "application/json"
+    assert 400 <= answer.status < 600
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_body_for_http_is_json_and_names_nothing_behind_the_service(cls: type[DSPyError]) -> None:
+    """Models, endpoints, prompts and what a provider wrote are nobody else's business (B 9C)."""
+    answer = sample(cls).to_http()
+    text = json.dumps([answer.status, answer.headers, answer.body])
+    assert json.loads(text) == [answer.status, answer.headers, answer.body]
+    assert [secret for secret in SECRETS if secret in text] == []
+    assert set(answer.body) == {"error"}
+    assert set(answer.body["error"]) <= {"type", "code", "message", "request_id"}
+    assert answer.body["error"]["message"].endswith(".")
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_answer_for_http_is_the_same_after_a_journey(
+    cls: type[DSPyError], pool: ProcessPoolExecutor
+) -> None:
+    """The web process answers for errors that were raised in a worker process (B 9C)."""
+    error = sample(cls)
+    assert pickle.loads(pickle.dumps(error)).to_http() == error.to_http()
+    assert pool.submit(cls.to_http, error).result(30) == error.to_http()
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "header"),
+    [(0, "0"), (0.001, "1"), (1, "1"), (1.2, "2"), (3600.0, "3600"), (-5, "0")],
+)
+@pytest.mark.parametrize("cls", [LMRateLimitError, LMServerError, CircuitOpenError])
+def test_wait_is_rounded_up_to_whole_seconds_for_http(
+    cls: type[LMError], wait_s: float, header: str
+) -> None:
+    """HTTP knows no fractions, and a client that comes too early is refused again (B 9C)."""
+    assert cls("later", retry_after=wait_s).to_http().headers["retry-after"] == header
+
+
+@pytest.mark.parametrize("wait_s", [None, math.inf, math.nan])
+def test_only_what_passes_by_itself_has_a_wait_for_http(wait_s: float | None) -> None:
+    """429 and 503 without a hint make clients hammer; on a 502 a hint would be a guess (B 9C)."""
+    for cls in (LMRateLimitError, OverloadedError, CircuitOpenError):
+        assert cls("later", retry_after=wait_s).to_http().headers["retry-after"] == "1"
+    for cls in (LMServerError, LMAuthError, LMTimeoutError):
+        assert "retry-after" not in cls("no", retry_after=wait_s).to_http().headers
+
+
+def test_request_id_is_told_over_http_where_there_is_one() -> None:
+    """It is what the caller's support and ours have in common (B 9C)."""
+    assert LMServerError("x", request_id="req-7").to_http().body["error"]["request_id"] == "req-7"
+    assert "request_id" not in LMServerError("x").to_http().body["error"]
+
+
+def test_an_error_of_the_users_own_tree_has_an_answer_for_http() -> None:
+    """Programs add errors with statuses of their own, which must not fail in the handler."""
+
+    class TeapotError(DSPyError):
+        http_status = 418
+
+    class BackendError(LMError):
+        http_status = 599
+
+        @property
+        def http_message(self) -> str:
+            return "The backend sleeps."
+
+    class StorageError(DSPyError):
+        http_status = 507
+
+    teapot = TeapotError("short and stout").to_http()
+    assert (teapot.status, teapot.body["error"]["code"]) == (418, "teapot")
+    assert teapot.body["error"]["message"] == "The request cannot be answered as it is."
+    assert StorageError("full").to_http().body["error"]["message"] == "The model failed to answer."
+    backend = BackendError("x").to_http()
+    assert (backend.status, backend.body["error"]["message"]) == (599, "The backend sleeps.")

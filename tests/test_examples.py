@@ -57,6 +57,19 @@ The billing address on my invoice is wrong. -> billing
 When does shipping of my order start? -> shipping
 3 calls, NUMBER tokens
 """,
+    "resilient_calls": """
+ healthy: said by the first model (failed attempts: 0)
+ healthy: said by the first model (failed attempts: 0)
+ healthy: said by the first model (failed attempts: 0)
+ healthy: said by the first model (failed attempts: 0)
+ healthy: the first model's circuit is closed
+  outage: said by the second model (failed attempts: 2)
+  outage: said by the second model (failed attempts: 2)
+  outage: said by the second model (failed attempts: 1)
+  outage: said by the second model (failed attempts: 1)
+  outage: the first model's circuit is open
+8 calls answered
+""",
 }
 
 

@@ -17,7 +17,8 @@ import pytest
 
 import dspylite as dspy
 from dspylite.errors import LMAuthError, LMServerError
-from dspylite.runtime.flow import ASYNC, BLOCKING, CLOCK, run_flow
+from dspylite.runtime.clock import CLOCK
+from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Usage
 from dspylite.testing import DummyLM, FakeClock, FakeEmbedder, FakeLM
 

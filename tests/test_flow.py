@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
+import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -13,9 +15,11 @@ import pytest
 
 import dspylite as dspy
 from dspylite.abc import Io
+from dspylite.errors import DeadlineExceededError
 from dspylite.runtime.bridge import running_library
+from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
-from dspylite.runtime.gates import Places
+from dspylite.runtime.gates import Pass, Places, wake
 from dspylite.testing import FakeClock
 
 Plan = Callable[[Io], Awaitable[Any]]
@@ -268,15 +272,16 @@ async def test_a_cancelled_waiter_gives_up_its_place_in_the_queue() -> None:
 def test_a_place_left_to_a_closed_loop_goes_to_the_next() -> None:
     """A loop that ended while it waited must not keep the place."""
     gate = Places(1)
-    first = gate.ask(lambda: None)
+    first = gate.ask(0)
 
     def closed() -> None:
         raise RuntimeError("Event loop is closed")
 
-    gate.ask(closed)
+    gate.ask(0).wake = closed
     third_woken = threading.Event()
-    third = gate.ask(third_woken.set)
-    gate.leave(first)
+    third = gate.ask(0)
+    third.wake = third_woken.set
+    gate.leave(first, 0)
     assert third.granted
     assert third_woken.is_set()
 
@@ -284,11 +289,106 @@ def test_a_place_left_to_a_closed_loop_goes_to_the_next() -> None:
 def test_leaving_twice_gives_no_second_place() -> None:
     """Otherwise the limit would grow with each mistake."""
     gate = Places(1)
-    ticket = gate.ask(lambda: None)
-    gate.leave(ticket)
-    gate.leave(ticket)
-    assert gate.ask(lambda: None).granted
-    assert not gate.ask(lambda: None).granted
+    ticket = gate.ask(0)
+    gate.leave(ticket, 0)
+    gate.leave(ticket, 0)
+    assert gate.ask(0).granted
+    assert not gate.ask(0).granted
+
+
+@pytest.mark.parametrize("io", [BLOCKING, ASYNC], ids=["blocking", "async"])
+async def test_a_deadline_ends_the_wait_for_a_place(io: Io) -> None:
+    """A full gate must not hold a call beyond its time, and the place in the queue is given up."""
+    gate = Places(1)
+    gate.ask(0)
+    with FakeClock() as clock, Deadline(3), pytest.raises(DeadlineExceededError, match="waiting"):
+        async with io.enter(gate):
+            raise AssertionError("the only place is taken")
+    assert (clock.sleeps, gate.waiting) == ([3], 0)
+
+
+def test_the_nearest_of_nested_deadlines_counts() -> None:
+    """An inner call inherits the smaller one, and the outer one is back after it."""
+    with FakeClock() as clock, Deadline(10):
+        with Deadline(20):
+            assert BLOCKING.time_left() == 10
+        with Deadline(None), Deadline(2):
+            clock.sleep(3)
+            assert BLOCKING.time_left() == -1
+        assert BLOCKING.time_left() == 7
+    assert BLOCKING.time_left() is None
+
+
+class _Timetable:
+    """A gate that opens at given times, one caller each."""
+
+    def __init__(self, *opens_at: float) -> None:
+        self.opens_at = list(opens_at)
+        self.queue: list[Pass] = []
+
+    def ask(self, now: float) -> Pass:
+        self.queue.append(Pass())
+        ticket = self.queue[-1]
+        self.look(now)
+        return ticket
+
+    def look(self, now: float) -> None:
+        while self.queue and self.opens_at and self.opens_at[0] <= now:
+            self.opens_at.pop(0)
+            ticket = self.queue.pop(0)
+            ticket.granted = True
+            wake(ticket)
+        if self.queue:
+            self.queue[0].look_again_at = self.opens_at[0]
+            wake(self.queue[0])
+
+    def leave(self, ticket: Pass, now: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("io", [BLOCKING, ASYNC], ids=["blocking", "async"])
+async def test_a_gate_can_open_by_time(io: Io) -> None:
+    """Who waits looks again at the time that its ticket names, and not before."""
+    gate = _Timetable(5, 7)
+    with FakeClock() as clock:
+        async with io.enter(gate):
+            assert clock.now() == 5
+        async with io.enter(gate):
+            assert clock.now() == 7
+
+
+def test_a_gate_that_opens_by_time_is_shared_by_threads() -> None:
+    """Only the first in the queue keeps the time; the next is told when it has become the first."""
+    start = time.monotonic()
+    gate = _Locked(_Timetable(*(start + 0.01 * step for step in range(12))))
+    inside: list[int] = []
+
+    async def visit(number: int) -> None:
+        async with BLOCKING.enter(gate):
+            inside.append(number)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda number: run_flow(visit(number)), range(12), timeout=20))
+    assert sorted(inside) == list(range(12))
+
+
+class _Locked:
+    """Another gate, one caller at a time in its methods."""
+
+    def __init__(self, gate: _Timetable) -> None:
+        self.gate = gate
+        self.lock = threading.RLock()
+
+    def ask(self, now: float) -> Pass:
+        with self.lock:
+            return self.gate.ask(now)
+
+    def look(self, now: float) -> None:
+        with self.lock:
+            self.gate.look(now)
+
+    def leave(self, ticket: Pass, now: float) -> None:
+        pass
 
 
 def test_a_gate_without_places_is_refused() -> None:

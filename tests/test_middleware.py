@@ -25,7 +25,8 @@ from dspylite.errors import (
     LMTimeoutError,
     LMTransportError,
 )
-from dspylite.models.middleware import Retry, chain
+from dspylite.models.middleware import chain
+from dspylite.models.retry import Retry
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.schema.messages import LMOutput, LMRequest, LMResponse
 from dspylite.testing import FakeClock
@@ -185,7 +186,7 @@ def test_blocking_retry_waits_and_answers(
     """A failure that passes is not the program's business."""
     leaf = Leaf(*failures)
     with FakeClock() as clock:
-        assert ask([full()], leaf) == ANSWER
+        assert (ask([full()], leaf)).outputs == ANSWER.outputs
     assert (leaf.calls, clock.sleeps) == (attempts, waits)
 
 
@@ -196,7 +197,7 @@ async def test_awaited_retry_waits_and_answers(
     """One body serves both drivers, so both wait alike."""
     leaf = Leaf(*failures)
     with FakeClock() as clock:
-        assert await ask_async([full()], leaf) == ANSWER
+        assert (await ask_async([full()], leaf)).outputs == ANSWER.outputs
     assert (leaf.calls, clock.sleeps) == (attempts, waits)
 
 
@@ -274,14 +275,15 @@ class Noting:
 def test_first_policy_is_outermost() -> None:
     """The order of the chain decides what an attempt costs, so it is the order of the list."""
     log: list[str] = []
-    assert ask([Noting("a", log), Noting("b", log)], Leaf(log=log)) == ANSWER
+    assert (ask([Noting("a", log), Noting("b", log)], Leaf(log=log))).outputs == ANSWER.outputs
     assert log == ["a in", "b in", "leaf mab", "b out", "a out"]
 
 
 async def test_first_policy_is_outermost_when_awaited() -> None:
     """The async chain is the same chain."""
     log: list[str] = []
-    assert await ask_async([Noting("a", log), Noting("b", log)], Leaf(log=log)) == ANSWER
+    answer = await ask_async([Noting("a", log), Noting("b", log)], Leaf(log=log))
+    assert answer.outputs == ANSWER.outputs
     assert log == ["a in", "b in", "leaf mab", "b out", "a out"]
 
 
@@ -305,7 +307,7 @@ def test_policies_outside_retry_see_one_call() -> None:
 
 def test_chain_without_policies_is_the_engine() -> None:
     """An LM may have no policy at all."""
-    assert ask([], Leaf()) == ANSWER
+    assert (ask([], Leaf())).outputs == ANSWER.outputs
 
 
 def test_policy_may_answer_without_the_engine() -> None:
@@ -316,5 +318,5 @@ def test_policy_may_answer_without_the_engine() -> None:
             return ANSWER
 
     leaf = Leaf()
-    assert ask([Cached()], leaf) == ANSWER
+    assert (ask([Cached()], leaf)).outputs == ANSWER.outputs
     assert leaf.calls == 0

@@ -30,6 +30,7 @@ from dspylite import (
     SettingsError,
     Signature,
     SignatureError,
+    TruncatedError,
     track_usage,
 )
 from dspylite.models.base import BaseLM
@@ -423,11 +424,21 @@ def test_adapter_without_a_fallback_asks_once(adapter: Any) -> None:
 
 
 def test_cut_answer_is_not_taken_for_a_value() -> None:
-    """A number that lost its tail is worse than no number."""
+    """A number that lost its tail is worse than no number, and would be cut again (B 4.14)."""
     text = "[[ ## price ## ]]\n12"
     cut = LMResponse(outputs=(LMOutput(text=text, finish_reason="length"),))
     lm = FakeLM([cut, '{"price": 1234}'])
-    assert ask(Predict("question -> price: int"), lm, question="q").price == 1234
+    with pytest.raises(TruncatedError, match="max_tokens") as raised:
+        ask(Predict("question -> price: int"), lm, question="q")
+    assert (len(lm.requests), raised.value.lm_response) == (1, text)
+
+
+def test_cut_text_is_taken_where_that_is_allowed() -> None:
+    """A summary that stops in the middle may be better than none (B 4.14)."""
+    text = "[[ ## answer ## ]]\nOnce upon a"
+    cut = LMResponse(outputs=(LMOutput(text=text, finish_reason="length"),))
+    with dspylite.context(adapter=ChatAdapter(accept_truncated=True)):
+        assert ask(Predict(QA), FakeLM([cut]), question="q").answer == "Once upon a"
 
 
 def test_one_unreadable_answer_of_several_asks_again_for_all() -> None:

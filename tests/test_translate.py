@@ -23,6 +23,7 @@ from dspylite.errors import (
     ContentFilterError,
     ContextWindowExceededError,
     LMAuthError,
+    LMConfigurationError,
     LMError,
     LMInvalidRequestError,
     LMRateLimitError,
@@ -45,6 +46,9 @@ def running() -> Iterator[FakeServer]:
 
 
 awaited = pytest.mark.usefixtures("one_loop")
+
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def lm_of(server: FakeServer, **options: object) -> LM:
@@ -183,7 +187,7 @@ def test_failed_embedding_has_the_class_of_a_failed_chat(status: int, server: Fa
 
 def test_unknown_provider_is_refused_without_a_request(server: FakeServer) -> None:
     """A misspelt provider must not surface as a library's own exception."""
-    error = failure(LM("nobody/m", api_key=KEY, num_retries=0))
+    error = failure(LM("nobody/m", api_key=KEY, num_retries=0, engine="litellm"))
     assert summary(error) == (LMInvalidRequestError, 400)
     assert server.requests == ()
 
@@ -396,11 +400,18 @@ def test_key_that_starts_like_another_is_not_shown(
     assert KEY[12:] not in everything_shown(failure(lm_of(server, api_key=KEY[:12])))
 
 
-def test_key_that_cannot_be_sent_is_not_shown(server: FakeServer) -> None:
-    """A key read from a file ends in a line break, and the HTTP library complains by quoting it."""
-    error = failure(lm_of(server, api_key=f"{KEY}\n"))
-    assert isinstance(error, LMTransportError)
+def test_key_that_cannot_be_sent_is_not_shown(engine: str, server: FakeServer) -> None:
+    """A key of two lines cannot be a header, and HTTP libraries complain by quoting it."""
+    error = failure(lm_of(server, api_key=f"{KEY}\nsecond"))
+    expected = LMTransportError if engine == "litellm" else LMConfigurationError
+    assert isinstance(error, expected)
     assert KEY not in everything_shown(error)
+
+
+def test_key_from_a_file_is_sent_without_its_line_break(server: FakeServer) -> None:
+    """A file of one line ends in a line break that nobody means."""
+    LM("openai/m", api_base=server.base_url, api_key=f"{KEY}\n", engine="direct")("hi")
+    assert server.requests[0].api_key == KEY
 
 
 def test_key_of_a_failed_embedding_is_not_shown(server: FakeServer) -> None:
@@ -427,7 +438,8 @@ def test_nothing_is_printed_or_logged_with_the_key(
 def test_harmless_cause_is_kept(server: FakeServer) -> None:
     """Where no secret is in sight the original failure helps whoever debugs."""
     server.script(Reply(status=503))
-    assert type(failure(lm_of(server)).__cause__).__module__.startswith("litellm")
+    cause = failure(lm_of(server, engine="litellm")).__cause__
+    assert type(cause).__module__.startswith("litellm")
 
 
 def test_words_shorter_than_a_key_stay() -> None:

@@ -32,6 +32,8 @@ class ChatAdapter(BaseAdapter):
     Args:
         callbacks: Told of every format and parse.
         use_json_adapter_fallback: Whether to ask once more through `JSONAdapter`.
+        accept_truncated: Whether an answer that stopped at its length limit is taken as it is, its
+            last output cut, instead of being a `TruncatedError`.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class ChatAdapter(BaseAdapter):
         callbacks: Sequence[Any] | None = None,
         *,
         use_json_adapter_fallback: bool = True,
+        accept_truncated: bool = False,
     ) -> None:
         super().__init__(callbacks)
+        self.accept_truncated = accept_truncated
         self.use_json_adapter_fallback = use_json_adapter_fallback
         self._fallback = JSONAdapter(callbacks) if use_json_adapter_fallback else None
 
@@ -99,6 +103,7 @@ class ChatAdapter(BaseAdapter):
                 raise self.error(signature, completion, f"`{name}` comes after the end marker.")
             else:
                 found[name] = unfence(completion[mark.end() : stop]).strip()
+        complete = complete or (self.accept_truncated and finish_reason == "length")
         if not complete and finish_reason not in COMPLETE_REASONS:
             raise self.error(
                 signature,

@@ -8,17 +8,29 @@ from __future__ import annotations
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, cast
 
-from dspylite.abc import Engine, Io, Middleware
-from dspylite.errors import LMConfigurationError
-from dspylite.models.middleware import Retry, chain
-from dspylite.models.translate import read_chat_response
+from dspylite.abc import Engine, Io, Middleware, Next
+from dspylite.errors import LMConfigurationError, LMError
+from dspylite.models.answers import read_chat_response
+from dspylite.models.breaker import CircuitBreaker, Health
+from dspylite.models.endpoints import endpoint_id
+from dspylite.models.knowledge import Price, checked_price
+from dspylite.models.middleware import chain, failed_attempt, successful_attempt
+from dspylite.models.policies import POLICY_NAMES, Policies
+from dspylite.models.streams import LMStream, WatchedStream
 from dspylite.runtime.bridge import call_in_thread
+from dspylite.runtime.budgets import current_budget
 from dspylite.runtime.calls import Observed
+from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import History, record_call
 from dspylite.schema.messages import (
+    Attempt,
+    DeltaSource,
     LMOutput,
     LMRequest,
     LMResponse,
@@ -28,6 +40,8 @@ from dspylite.schema.messages import (
 )
 
 ModelType = Literal["chat", "text", "responses"]
+
+_POLICY_CHANGES = POLICY_NAMES | {"num_retries"}
 
 GLOBAL_HISTORY = History()
 """The last calls of all LMs of this process."""
@@ -46,8 +60,12 @@ class BaseLM:
         max_tokens: Longest answer in tokens; None leaves it to the provider.
         cache: Whether answers may be reused.
         callbacks: Told of every call, after those of the settings.
-        num_retries: Further attempts after a failure that may pass.
-        **kwargs: Sent with every request (`top_p`, `stop`, `api_key`, `api_base`, `timeout` ...).
+        num_retries: Further attempts after a failure that may pass; each is one request, and 0
+            sends each request once. None: 3, and overload is waited out (see `Retry`).
+        price: US dollars for a million tokens read and for a million written, such as
+            `(0.15, 0.6)`; for `budget(usd=...)`.
+        **kwargs: Sent with every request (`top_p`, `stop`, `api_key`, `api_base`, `timeout` ...),
+            but for the policies, which are named as in `Policies`.
 
     Raises:
         LMConfigurationError: A parameter cannot work.
@@ -63,7 +81,8 @@ class BaseLM:
         max_tokens: int | None = None,
         cache: bool = True,
         callbacks: Sequence[Any] | None = None,
-        num_retries: int = 3,
+        num_retries: int | None = None,
+        price: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, str) or not model.strip():
@@ -75,11 +94,49 @@ class BaseLM:
         self.model_type = model_type
         self.cache = cache
         self.callbacks = tuple(callbacks or ())
-        self.num_retries = num_retries
+        self.policies = Policies(
+            num_retries=num_retries,
+            **{name: kwargs.pop(name) for name in list(kwargs) if name in POLICY_NAMES},
+        )
         given = {"temperature": temperature, "max_tokens": max_tokens, **kwargs}
         self.kwargs: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         self.history = History()
-        self.middleware: tuple[Middleware, ...] = (Retry(max_retries=num_retries),)
+        self._price = checked_price(price)
+        self._start()
+
+    def _start(self) -> None:
+        """Make what an LM has in this process only."""
+        self.middleware = self._build_middleware()
+        self._handlers: dict[Io, tuple[tuple[Middleware, ...], Engine, Next]] = {}
+
+    def _build_middleware(self) -> tuple[Middleware, ...]:
+        endpoint = endpoint_id(self.model, self.kwargs)
+        return self.policies.build(endpoint, self.model, is_remote=self.is_remote)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether calls go over a network, so that there is an endpoint to be careful with."""
+        return False
+
+    @property
+    def num_retries(self) -> int:
+        """Further attempts after a failure that may pass."""
+        return self.policies.retries
+
+    def health(self) -> Health:
+        """Tell how the endpoint has been lately, as its circuit breaker sees it.
+
+        Example:
+            >>> BaseLM("my/model", circuit_breaker=True).health().state
+            'closed'
+        """
+        for policy in self.middleware:
+            if isinstance(policy, CircuitBreaker):
+                return policy.health()
+        raise LMConfigurationError(
+            f"`{self.model}` has no circuit breaker that would know; give it "
+            "`circuit_breaker=True`."
+        )
 
     @property
     def engine(self) -> Engine:
@@ -119,27 +176,105 @@ class BaseLM:
         return await call_in_thread(self.forward, prompt, messages, **kwargs)
 
     async def plan(
-        self, io: Io, messages: Sequence[Message], params: Mapping[str, Any]
+        self,
+        io: Io,
+        messages: Sequence[Message],
+        params: Mapping[str, Any],
+        *,
+        stream: bool = False,
     ) -> LMResponse:
         """Run one call through the chain, tell the callbacks, count it and keep it.
+
+        A call whose answer is streamed is told, counted and kept when its stream has ended.
 
         Raises:
             LMError: The call failed and the chain gave up.
         """
         merged = {k: v for k, v in {**self.kwargs, **params}.items() if v is not None}
-        request = LMRequest(model=self.model, messages=messages, params=merged)
-        shown = without_secrets(params)
-        with Observed("lm", self, {"messages": messages, **shown}) as call:
-            response = await chain(self.middleware, self.engine, io)(request)
-            call.outputs = [_plain_output(output) for output in response.outputs]
-        record_call(
-            model=self.model,
-            messages=messages,
-            params=merged,
-            response=response,
-            histories=(self.history, GLOBAL_HISTORY),
+        deadline_s = merged.pop("deadline_s", None)
+        messages = self._as_sent(messages)
+        request = LMRequest(
+            model=self.model, messages=messages, params=merged, asked=params, stream=stream
         )
+        record = _Record(self, request)
+        if record.budget is not None:
+            await record.check_budget(io)
+        with (
+            Deadline(
+                settings.deadline_s
+                if deadline_s is None
+                else check_deadline("deadline_s", deadline_s)
+            ),
+            Observed("lm", self, {"messages": messages, **without_secrets(params)}) as call,
+        ):
+            started = io.now()
+            response = await self._handler(io)(request)
+            if response.stream is not None:
+                call.leave_open()
+                return replace(response, stream=_RecordedStream(response, record, call, io))
+            response = record.keep(response, io.now() - started)
+            call.outputs = _plain_outputs(response)
         return response
+
+    def _handler(self, io: Io) -> Next:
+        """Return the chain around the engine; kept, because it is the same for all calls."""
+        engine, kept = self.engine, self._handlers.get(io)
+        if kept is not None and kept[0] is self.middleware and kept[1] is engine:
+            return kept[2]
+        made = chain(self.middleware, engine, io)
+        self._handlers[io] = (self.middleware, engine, made)
+        return made
+
+    def _as_sent(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages in the form that the model wants them."""
+        return messages
+
+    def price(self, *, look_up: bool) -> Price | None:
+        """Return what the model's tokens cost; None if nobody knows.
+
+        Args:
+            look_up: Whether a table may be loaded for it, which takes a moment.
+        """
+        del look_up
+        return self._price
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        messages: Sequence[Message] | None = None,
+        **kwargs: Any,
+    ) -> LMStream:
+        """Ask the model and give its answer piece by piece, as it is written.
+
+        The retries and fallbacks of the LM work until the stream is open. One that breaks or is cut
+        raises where it breaks, and is not begun anew, because pieces of it were seen.
+
+        Args:
+            prompt: One user message, if `messages` is not given.
+            messages: The chat so far.
+            **kwargs: Parameters that override the LM's own for this call.
+
+        Returns:
+            An iterator of `LMDelta`s, to be used in a `with` block, which closes the connection;
+            its `response` is the whole answer, with its usage, after the last piece.
+
+        Raises:
+            LMError: The call failed.
+        """
+        plan = self.plan(BLOCKING, _as_messages(prompt, messages), kwargs, stream=True)
+        return LMStream(run_flow(plan))
+
+    async def astream(
+        self,
+        prompt: str | None = None,
+        messages: Sequence[Message] | None = None,
+        **kwargs: Any,
+    ) -> LMStream:
+        """Ask the model and give its answer piece by piece to `async for`; otherwise as `stream`.
+
+        Use it in an `async with` block: `async with await lm.astream("Hi") as stream:`.
+        """
+        return LMStream(await self.plan(ASYNC, _as_messages(prompt, messages), kwargs, stream=True))
 
     def __call__(
         self,
@@ -161,7 +296,7 @@ class BaseLM:
             LMError: The call failed.
         """
         response = run_flow(self.plan(BLOCKING, _as_messages(prompt, messages), kwargs))
-        return [_plain_output(output) for output in response.outputs]
+        return _plain_outputs(response)
 
     async def acall(
         self,
@@ -171,7 +306,7 @@ class BaseLM:
     ) -> list[str | dict[str, Any]]:
         """Ask the model and await it; otherwise as `__call__`."""
         response = await self.plan(ASYNC, _as_messages(prompt, messages), kwargs)
-        return [_plain_output(output) for output in response.outputs]
+        return _plain_outputs(response)
 
     def copy(self, **changes: Any) -> Self:
         """Return an LM with an empty history of its own and some parameters changed.
@@ -182,16 +317,28 @@ class BaseLM:
         twin.__dict__.update(self.__dict__)
         twin.history = History()
         merged = {name: _own_copy(value) for name, value in self.kwargs.items()}
+        policies = {name: changes.pop(name) for name in list(changes) if name in _POLICY_CHANGES}
         for name, value in changes.items():
-            if name == "num_retries":
-                twin.num_retries = value
-                twin.middleware = (Retry(max_retries=value), *self.middleware[1:])
-            elif name in {"model", "model_type", "cache", "callbacks"}:
+            if name in {"model", "model_type", "cache", "callbacks"}:
                 setattr(twin, name, value)
+            elif name == "price":
+                twin._price = checked_price(value)  # noqa: SLF001  # ours
             else:
                 merged[name] = value
         twin.kwargs = {k: v for k, v in merged.items() if v is not None}
+        twin.policies = self.policies.with_changes(policies)
+        twin._start()  # noqa: SLF001  # ours
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process: the state of the policies."""
+        here = {"middleware", "_handlers"}
+        return {name: value for name, value in self.__dict__.items() if name not in here}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take part in what this process knows of the endpoint."""
+        self.__dict__.update(state)
+        self._start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the parameters, not the history."""
@@ -237,6 +384,105 @@ class _Forward:
     async def acall(self, request: LMRequest) -> LMResponse:
         answer = await self._lm.aforward(None, request.messages, **request.params)
         return read_chat_response(answer, model=request.model)
+
+
+class _Record:
+    """What is noted of one call when it is answered."""
+
+    __slots__ = ("_lm", "_price", "_request", "budget")
+
+    def __init__(self, lm: BaseLM, request: LMRequest) -> None:
+        self._lm = lm
+        self._request = request
+        self._price: Price | None = None
+        self.budget = current_budget()
+
+    async def check_budget(self, io: Io) -> None:
+        """Refuse the call if a budget around it is spent."""
+        spending = self.budget
+        if spending is None:
+            return
+        if spending.limits_money:
+            self._price = await io.any(partial(self._lm.price, look_up=True))
+            spending.check(self._price)
+        else:
+            self._price = self._lm.price(look_up=False)
+            spending.check()
+
+    def last_attempt(self, error: LMError, seconds: float) -> tuple[Attempt, ...]:
+        """Return how the stream that broke is noted."""
+        return error.attempts[-1:] or (failed_attempt(self._request, error, seconds),)
+
+    def keep(self, response: LMResponse, seconds: float) -> LMResponse:
+        """Sign, count and keep an answered call; return it signed."""
+        is_counted = bool(response.answered_by)  # by the fallback that answered
+        if not is_counted:
+            made = response.attempts or (successful_attempt(self._request, response, seconds),)
+            response = replace(response, answered_by=self._lm.model, attempts=made)
+            if self.budget is not None:
+                cost = None if self._price is None else self._price.of(response.usage)
+                self.budget.add(response.usage, cost)
+        record_call(
+            model=self._lm.model,
+            messages=self._request.messages,
+            params=self._request.params,
+            response=response,
+            histories=(self._lm.history,) if is_counted else (self._lm.history, GLOBAL_HISTORY),
+            is_counted=is_counted,
+        )
+        return response
+
+
+class _RecordedStream(WatchedStream):
+    """A stream that is counted and kept when it has ended."""
+
+    def __init__(self, opened: LMResponse, record: _Record, call: Observed, io: Io) -> None:
+        super().__init__(cast("DeltaSource", opened.stream))
+        self._failed = tuple(made for made in opened.attempts if made.error is not None)
+        self._record = record
+        self._call = call
+        self._io = io
+        self._started = io.now()
+        self._signed: LMResponse | None = None
+        self._ends = [True]
+
+    @property
+    def response(self) -> LMResponse:
+        return self._signed or super().response
+
+    def ended(self) -> None:
+        if self._take_end():
+            signed = self._record.keep(super().response, self._seconds)
+            # What failed before it was open is known here alone.
+            made = (*self._failed, *signed.attempts[-1:])
+            self._signed = replace(signed, attempts=made)
+            self._call.finish(_plain_outputs(self._signed))
+
+    def broke(self, error: Exception) -> None:
+        if self._take_end():
+            if isinstance(error, LMError):
+                error.attempts = (*self._failed, *self._record.last_attempt(error, self._seconds))
+            self._call.finish(None, error)
+
+    def closed(self) -> None:
+        if self._take_end():
+            self._call.finish(_plain_outputs(super().response))
+
+    @property
+    def _seconds(self) -> float:
+        return self._io.now() - self._started
+
+    def _take_end(self) -> bool:
+        """Tell the first of several ends from the others; `pop` needs no lock for that."""
+        try:
+            self._ends.pop()
+        except IndexError:
+            return False
+        return True
+
+
+def _plain_outputs(response: LMResponse) -> list[str | dict[str, Any]]:
+    return [_plain_output(output) for output in response.outputs]
 
 
 def _as_messages(prompt: str | None, messages: Sequence[Message] | None) -> Sequence[Message]:

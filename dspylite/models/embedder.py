@@ -19,11 +19,14 @@ from dspylite.errors import (
     MissingExtraError,
 )
 from dspylite.models.base import check_numbers, check_url
+from dspylite.models.direct.engine import DirectEmbedding
+from dspylite.models.direct.providers import provider_of
 from dspylite.models.embeddings import Embeddings, read_vector
+from dspylite.models.engines import checked_engine
 from dspylite.models.litellm import LiteLLMEmbedding
-from dspylite.models.middleware import Retry
 from dspylite.models.offline.engine import OFFLINE_PREFIX
 from dspylite.models.offline.hashing import hash_embedding
+from dspylite.models.retry import Retry
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import settings
 from dspylite.schema.messages import Usage
@@ -43,15 +46,15 @@ class _Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Hosted:
-    engine: LiteLLMEmbedding
+    engine: DirectEmbedding | LiteLLMEmbedding
     retry: Retry
 
     async def rows(self, texts: list[str], io: Io) -> tuple[list[Any], Usage]:
-        async def send() -> tuple[list[Any], Usage]:
-            found, usage = await io.call(self.engine, texts)
-            return _in_order(found, len(texts)), usage
+        async def send(batch: list[str]) -> tuple[list[Any], Usage]:
+            found, usage = await io.call(self.engine, batch)
+            return _in_order(found, len(batch)), usage
 
-        return await self.retry.run(send, io)
+        return await self.retry.run(send, texts, io)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ class Embedder:
         caching: Whether vectors may be reused.
         max_concurrency: Most batches under way at once, per call of `embed`.
         num_retries: Further attempts of a batch after a failure that may pass.
+        engine: Who makes the requests: `"direct"`, `"litellm"` or `"auto"`, as for `LM`.
         **kwargs: Sent with every request (`api_key`, `api_base`, `dimensions`, `timeout` ...), or
             passed to the function. `offline/hashing` takes `dimensions` (512) alone.
 
@@ -110,6 +114,7 @@ class Embedder:
         *,
         max_concurrency: int = 4,
         num_retries: int = 3,
+        engine: str | None = None,
         **kwargs: Any,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_concurrency", max_concurrency)):
@@ -121,7 +126,7 @@ class Embedder:
         self.max_concurrency = max_concurrency
         self.num_retries = num_retries
         self.kwargs = dict(kwargs)
-        self._backend = _backend(model, num_retries, self.kwargs)
+        self._backend = _backend(model, num_retries, checked_engine(engine), self.kwargs)
 
     def embed(self, texts: Sequence[str]) -> Embeddings:
         """Turn texts into vectors and wait on this thread.
@@ -192,7 +197,9 @@ class Embedder:
         return f"Embedder({name!r}, batch_size={self.batch_size})"
 
 
-def _backend(model: str | EmbedFunction, num_retries: int, kwargs: Mapping[str, Any]) -> _Backend:
+def _backend(
+    model: str | EmbedFunction, num_retries: int, engine: str, kwargs: Mapping[str, Any]
+) -> _Backend:
     retry = Retry(max_retries=num_retries)
     if callable(model):
         return _Function(model, kwargs)
@@ -204,7 +211,14 @@ def _backend(model: str | EmbedFunction, num_retries: int, kwargs: Mapping[str, 
     if not model.startswith(OFFLINE_PREFIX):
         check_url(kwargs.get("api_base") or kwargs.get("base_url"))
         check_numbers(timeout=kwargs.get("timeout"))
-        return _Hosted(LiteLLMEmbedding(model, kwargs), retry)
+        if engine == "direct" and provider_of(model) is None:
+            raise LMConfigurationError(
+                f"The direct engine asks OpenAI-compatible servers, not {model!r}; leave `engine` "
+                "out, or write 'openai/<name>' with `api_base=` if the server is compatible."
+            )
+        is_direct = engine != "litellm" and provider_of(model) is not None
+        made = DirectEmbedding if is_direct else LiteLLMEmbedding
+        return _Hosted(made(model, kwargs), retry)
     dimensions = kwargs.get("dimensions", DEFAULT_HASH_DIMENSIONS)
     if model != HASHING_MODEL or set(kwargs) - {"dimensions"}:
         raise LMConfigurationError(

@@ -5,15 +5,26 @@ Not here: what all models share (`models/base.py`), and the engines themselves.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Self
 
-from dspylite.abc import Engine, Io
+from dspylite.abc import Engine
 from dspylite.errors import LMConfigurationError, nearest
 from dspylite.models.base import BaseLM, ModelType, check_url
-from dspylite.models.litellm import LiteLLMChat, chat_capabilities
+from dspylite.models.direct.engine import list_models
+from dspylite.models.engines import chat_engine, check_engine, checked_engine, uses_litellm
+from dspylite.models.knowledge import (
+    Knowledge,
+    Price,
+    checked_capabilities,
+    known_without_table,
+)
+from dspylite.models.litellm import known_by_table
 from dspylite.models.offline.engine import OFFLINE_MODEL, OFFLINE_PREFIX, OfflineEngine
-from dspylite.schema.messages import LMResponse, Message
+from dspylite.runtime.bridge import call_in_thread, running_library
+from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+from dspylite.runtime.settings import check_deadline
+from dspylite.schema.messages import Message
 
 _NOT_IN_THIS_RUNTIME = frozenset(
     {
@@ -25,10 +36,7 @@ _NOT_IN_THIS_RUNTIME = frozenset(
         "prompt_cache",
     }
 )
-_ENGINES = ("auto", "litellm")
-_OWN_PARAMETERS = ("use_developer_role", "capabilities")
-_CAPABILITIES = frozenset({"json_object", "json_schema"})
-_LITELLM = LiteLLMChat()
+_OWN_PARAMETERS = ("use_developer_role", "capabilities", "engine")
 _OFFLINE = OfflineEngine()
 
 
@@ -42,18 +50,30 @@ class LM(BaseLM):
     Args:
         model: Provider and model. For an OpenAI-compatible server of your own use
             `"openai/<name>"` with `api_base`.
-        model_type: Kind of endpoint; chat.
+        model_type: Kind of endpoint: `"chat"`, `"text"` (completions of a prompt) or
+            `"responses"`; the latter two go through litellm.
         temperature: Sampling temperature; None leaves it to the provider.
         max_tokens: Longest answer in tokens; None leaves it to the provider.
         cache: Whether answers may be reused.
         callbacks: Told of every call, after those of the settings.
-        num_retries: Further attempts after a failure that may pass; 0 sends each request once.
+        num_retries: Further attempts after a failure that may pass; each is one request, and 0
+            sends each request once. None: 3, and overload is waited out for `patience_s`.
         use_developer_role: Whether system messages are sent as `developer` messages.
-        engine: Who makes the call: `"auto"` or `"litellm"`.
-        capabilities: What the model can do beyond text: `"json_schema"`, `"json_object"`. None:
-            what litellm's table says of the model, which is nothing for models of your own.
+        engine: Who makes the call. `"direct"` speaks to OpenAI-compatible servers (`openai/`,
+            `hosted_vllm/`, `litellm_proxy/`, `lm_studio/`) itself, at a fraction of the cost;
+            `"litellm"` reaches every provider; `"auto"` takes the first where it can. None: what
+            the environment variable `DSPYLITE_ENGINE` says, else `"auto"`.
+        capabilities: What the model can do beyond text: `"function_calling"`, `"json_object"`,
+            `"json_schema"`, `"reasoning"`. None: what is known of the model by its name, which is
+            nothing for most models of your own.
+        price: US dollars for a million tokens read and for a million written, such as
+            `(0.15, 0.6)`. None: what litellm's table says, where it is asked for.
         **kwargs: Sent with every request: `api_key` (a string, or a function that returns one),
-            `api_base`, `timeout` (seconds), `extra_headers`, `top_p`, `stop` and so on.
+            `api_base`, `timeout` (seconds for an attempt, 300), `max_response_bytes` (16 MB; direct
+            engine), `extra_headers`, `extra_body`, `top_p`, `stop` and so on; `deadline_s` for the
+            whole call. Policies around the call: `max_retry_wait_s`, `patience_s`,
+            `max_concurrency`, `max_queue`, `rpm`, `tpm`, `fallbacks`, `fallback_on`,
+            `circuit_breaker`, `adaptive`, `middleware` (see `Policies`).
 
     Raises:
         LMConfigurationError: A parameter cannot work; nothing was sent.
@@ -71,11 +91,12 @@ class LM(BaseLM):
         max_tokens: int | None = None,
         cache: bool = True,
         callbacks: Sequence[Any] | None = None,
-        num_retries: int = 3,
+        num_retries: int | None = None,
         *,
         use_developer_role: bool = False,
-        engine: str = "auto",
+        engine: str | None = None,
         capabilities: Collection[str] | None = None,
+        price: Any = None,
         **kwargs: Any,
     ) -> None:
         if refused := [name for name in kwargs if name in _NOT_IN_THIS_RUNTIME]:
@@ -83,45 +104,105 @@ class LM(BaseLM):
                 f"`{refused[0]}` is not part of dspylite, which runs programs and does not train "
                 "models; leave it out."
             )
-        if engine not in _ENGINES:
-            raise LMConfigurationError(
-                f"There is no engine {engine!r}. {nearest(str(engine), _ENGINES)}"
-                f"Engines: {', '.join(_ENGINES)}."
-            )
-        if model_type != "chat":
-            raise LMConfigurationError(
-                f"`model_type` must be 'chat', not {model_type!r}; other endpoints are not "
-                "supported yet."
-            )
+        check_deadline("deadline_s", kwargs.get("deadline_s"))
         if str(model).startswith(OFFLINE_PREFIX) and model != OFFLINE_MODEL:
             raise LMConfigurationError(
                 f"There is no offline model {model!r}. {nearest(model, [OFFLINE_MODEL])}"
                 f"`{OFFLINE_MODEL}` is the only one."
             )
         check_url(kwargs.get("api_base") or kwargs.get("base_url"))
-        super().__init__(
-            model, model_type, temperature, max_tokens, cache, callbacks, num_retries, **kwargs
-        )
         self.use_developer_role = use_developer_role
-        self._capabilities = _checked_capabilities(capabilities)
+        self._capabilities = checked_capabilities(capabilities)
+        self._engine_name = checked_engine(engine)
+        super().__init__(
+            model,
+            model_type,
+            temperature,
+            max_tokens,
+            cache,
+            callbacks,
+            num_retries,
+            price,
+            **kwargs,
+        )
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        # Offline there is one engine, whatever the environment says of the others.
+        name = "auto" if self.model == OFFLINE_MODEL else self._engine_name
+        check_engine(name, self.model, self.model_type)
 
     @property
     def capabilities(self) -> frozenset[str]:
         """What the model can do beyond text; the first look may load litellm."""
-        if self._capabilities is not None:
-            return self._capabilities
-        return frozenset() if self.model == OFFLINE_MODEL else chat_capabilities(self.model)
+        return self._known().capabilities if self._capabilities is None else self._capabilities
 
-    async def plan(
-        self, io: Io, messages: Sequence[Message], params: Mapping[str, Any]
-    ) -> LMResponse:
-        """Run one call through the chain, as `BaseLM.plan`."""
-        if self.use_developer_role:
-            messages = [
-                {**message, "role": "developer"} if message["role"] == "system" else message
-                for message in messages
-            ]
-        return await super().plan(io, messages, params)
+    @property
+    def is_remote(self) -> bool:
+        """Whether calls go over a network."""
+        return self.model != OFFLINE_MODEL
+
+    @property
+    def supports_function_calling(self) -> bool:
+        """Whether the model is known to call tools."""
+        return "function_calling" in self.capabilities
+
+    @property
+    def supports_response_schema(self) -> bool:
+        """Whether the model is known to answer as JSON of a given schema."""
+        return "json_schema" in self.capabilities
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether the model is known to take `reasoning_effort`."""
+        return "reasoning" in self.capabilities
+
+    @property
+    def context_window(self) -> int | None:
+        """Most tokens the model reads; None if unknown. The first look loads litellm's table."""
+        return None if self.model == OFFLINE_MODEL else known_by_table(self.model).context_window
+
+    def price(self, *, look_up: bool) -> Price | None:
+        """Return what the model's tokens cost; None if nobody knows.
+
+        Args:
+            look_up: Whether litellm's table may be loaded for it, which takes a moment.
+        """
+        if self.model == OFFLINE_MODEL:
+            return Price(input_usd=0, output_usd=0)
+        if self._price is None and look_up:
+            return known_by_table(self.model).price
+        return self._price
+
+    def list_models(self) -> list[str]:
+        """Return the names of the models that the endpoint serves.
+
+        Raises:
+            LMError: It could not be asked, or speaks another protocol than OpenAI's.
+        """
+        return run_flow(list_models(BLOCKING, self.model, self.kwargs))
+
+    async def alist_models(self) -> list[str]:
+        """Return the names of the models that the endpoint serves, awaited."""
+        if running_library() != "asyncio":
+            return await call_in_thread(self.list_models)
+        return await list_models(ASYNC, self.model, self.kwargs)
+
+    def _known(self) -> Knowledge:
+        if self.model == OFFLINE_MODEL:
+            return Knowledge()
+        # What the direct engine serves must not cost the loading of litellm.
+        if uses_litellm(self._engine_name, self.model, self.model_type):
+            return known_by_table(self.model)
+        return known_without_table(self.model)
+
+    def _as_sent(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if not self.use_developer_role:
+            return messages
+        return [
+            {**message, "role": "developer"} if message["role"] == "system" else message
+            for message in messages
+        ]
 
     def copy(self, **changes: Any) -> Self:
         """Return an LM with an empty history of its own and some parameters changed.
@@ -133,13 +214,18 @@ class LM(BaseLM):
         if "use_developer_role" in own:
             twin.use_developer_role = own["use_developer_role"]
         if "capabilities" in own:
-            twin._capabilities = _checked_capabilities(own["capabilities"])  # noqa: SLF001  # ours
+            twin._capabilities = checked_capabilities(own["capabilities"])  # noqa: SLF001  # ours
+        if "engine" in own:
+            twin._engine_name = checked_engine(own["engine"])  # noqa: SLF001  # ours
+        twin._check_engine()  # noqa: SLF001  # ours
         return twin
 
     @property
     def engine(self) -> Engine:
         """What makes the call."""
-        return _OFFLINE if self.model == OFFLINE_MODEL else _LITELLM
+        if self.model == OFFLINE_MODEL:
+            return _OFFLINE
+        return chat_engine(self._engine_name, self.model, self.model_type)
 
 
 class OfflineLM(LM):
@@ -156,15 +242,3 @@ class OfflineLM(LM):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(OFFLINE_MODEL, **kwargs)
-
-
-def _checked_capabilities(names: Collection[str] | None) -> frozenset[str] | None:
-    if names is None:
-        return None
-    for name in [names] if isinstance(names, str) else names:
-        if name not in _CAPABILITIES:
-            raise LMConfigurationError(
-                f"There is no capability {name!r}. {nearest(str(name), _CAPABILITIES)}"
-                f"Give a set of: {', '.join(sorted(_CAPABILITIES))}."
-            )
-    return frozenset([names] if isinstance(names, str) else names)

@@ -1,19 +1,22 @@
-"""The one border where a provider's failure becomes one of ours, and its answer a response.
+"""The one border where a provider's failure becomes one of ours.
 
 A failure is classified by its HTTP status and its shape, not by the type of the library that raised
-it. Not here: making the call (`models/litellm.py`).
+it. Not here: making the call (the engines), and reading an answer (`models/answers.py`).
 """
 
 from __future__ import annotations
 
 import email.utils
+import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dspylite.errors import (
+    MAX_MESSAGE_CHARS,
     ContentFilterError,
     ContextWindowExceededError,
     LMAuthError,
@@ -25,7 +28,7 @@ from dspylite.errors import (
     LMTransportError,
     LMUnexpectedError,
 )
-from dspylite.schema.messages import LMOutput, LMResponse, Usage
+from dspylite.schema.messages import is_secret
 
 _TIMEOUT_NAMES = re.compile(r"Timeout|TimedOut")
 _TRANSPORT_NAMES = re.compile(
@@ -40,6 +43,7 @@ _CONTEXT_WINDOW = re.compile(
 _CONTENT_FILTER = re.compile(
     r"content_filter|content_policy|content management policy|ContentPolicyViolation", re.IGNORECASE
 )
+_NO_KEY = re.compile(r"Missing credentials|api_key client option must be set")
 _RETRY_AFTER = ("retry-after-ms", "retry-after")
 _REQUEST_ID = ("x-request-id", "request-id", "x-amzn-requestid", "apim-request-id")
 REDACTED = "[redacted]"
@@ -56,6 +60,19 @@ def redact(text: str, secrets: Iterable[str]) -> str:
         if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, REDACTED)
     return text
+
+
+def secrets_of(arguments: Mapping[str, Any]) -> list[str]:
+    """Return every string that no error may show: the call's own and the environment's."""
+    found: list[Any] = []
+    for name, value in (*arguments.items(), *os.environ.items()):
+        if is_secret(name):
+            found += value.values() if isinstance(value, Mapping) else [value]
+    # A key read from a file may end in a line break, which is quoted otherwise or not at all.
+    texts = [
+        line.strip() for value in found if isinstance(value, str) for line in value.split("\n")
+    ]
+    return texts + [text.partition(" ")[2] for text in texts]  # "Bearer" is no part of the secret
 
 
 MIN_SECRET_CHARS = 6
@@ -90,9 +107,12 @@ def translate_error(
     links = list(_chain(error, until=handled))
     headers = _headers(links)
     status = _status(error)
-    code = redact(_code(error) or "", secrets) or None
+    body = _body(links)
+    code = redact(_code(error, body, status) or "", secrets) or None
     text = redact(f"{getattr(error, 'message', None) or error}", secrets)
     kind = _kind(links, status, f"{text} {code}")
+    if not headers and _NO_KEY.search(text):
+        kind = LMAuthError  # nothing was sent
     if status in {408, 500} and not headers:
         status = None  # litellm writes these where there was no answer, or none that it understood
     request_id = _first(headers, _REQUEST_ID) or getattr(error, "request_id", None)
@@ -103,11 +123,68 @@ def translate_error(
         "status": status,
         "request_id": None if request_id is None else redact(str(request_id), secrets),
         "retry_after": retry_after_s(headers),
+        "body": None if body is None else redact(_written(body), secrets),
     }
     message = f"{model}: {f'HTTP {status}: ' if status else ''}{text or type(error).__name__}"
     if kind is LMUnexpectedError:
         message = f"{model}: {type(error).__name__}: {text}"
     return kind(message=message, **details)
+
+
+def error_of_answer(
+    *,
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    model: str,
+    secrets: Iterable[str] = (),
+) -> LMError:
+    """Turn an HTTP answer that is no success into one of our errors.
+
+    Args:
+        status: HTTP status.
+        headers: Names in lower case.
+        body: Whatever the server wrote: OpenAI's error object, an HTML page, nothing.
+        model: The model asked.
+        secrets: Strings that must not appear in the error.
+    """
+    secrets = list(secrets)
+    written = redact(body[: 4 * MAX_MESSAGE_CHARS].decode("utf-8", "replace"), secrets)
+    said = error_object(body)
+    code = redact(str(said.get("code") or said.get("type") or ""), secrets) or None
+    text = redact(str(said["message"]), secrets) if said.get("message") else written.strip()
+    request_id = _first(headers, _REQUEST_ID)
+    return _kind((), status, f"{text} {code}")(
+        message=f"{model}: HTTP {status}: {text or 'an empty answer'}",
+        model=model,
+        provider=model.partition("/")[0],
+        provider_code=code,
+        status=status,
+        request_id=None if request_id is None else redact(request_id, secrets),
+        retry_after=retry_after_s(headers),
+        body=written or None,
+    )
+
+
+def error_object(body: bytes) -> Mapping[str, Any]:
+    """Find OpenAI's error object in an answer; empty where there is none."""
+    try:
+        read = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    said = read.get("error", read) if isinstance(read, Mapping) else read
+    if isinstance(said, Mapping):
+        return said
+    return {"message": said} if isinstance(said, str) else {}
+
+
+def status_of_error(error: Any) -> int:
+    """Return the status that an error object stands for where its answer said 200.
+
+    Servers that begin to answer before they fail have said 200 by then, and put it in the error.
+    """
+    code = error.get("code") if isinstance(error, Mapping) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
 def _kind(links: Sequence[BaseException], status: int | None, text: str) -> type[LMError]:
@@ -128,7 +205,7 @@ def _kind(links: Sequence[BaseException], status: int | None, text: str) -> type
         return LMUnexpectedError
     if status >= 500 or status in {409, 425}:  # a conflict and "too early" may pass, too
         return LMServerError
-    return LMInvalidRequestError if status >= 400 else LMUnexpectedError
+    return LMInvalidRequestError if status >= 300 else LMUnexpectedError
 
 
 def _chain(error: BaseException, until: BaseException | None = None) -> Iterator[BaseException]:
@@ -150,11 +227,22 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _code(error: BaseException) -> str | None:
-    code = getattr(error, "code", None)
-    if code is None and isinstance(body := getattr(error, "body", None), Mapping):
-        code = body.get("code") or body.get("type")
-    return None if code is None else str(code)
+def _code(error: BaseException, body: Any, status: int | None) -> str | None:
+    said = body if isinstance(body, Mapping) else {}
+    code = said.get("code") or said.get("type") or getattr(error, "code", None)
+    if code is None or (str(code) == str(status) and "code" not in said):
+        return None  # a library's own, which says nothing that the status does not
+    return str(code)
+
+
+def _body(links: Sequence[BaseException]) -> Any:
+    """Find what the provider wrote, wherever a library keeps it: an error object, or text."""
+    bodies = (getattr(each, "body", None) for each in links)
+    return next((body for body in bodies if body and isinstance(body, str | Mapping)), None)
+
+
+def _written(body: Any) -> str:
+    return body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, default=str)
 
 
 def _headers(links: Sequence[BaseException]) -> dict[str, str]:
@@ -200,54 +288,3 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         if not math.isnan(seconds) and seconds != float("inf"):  # a header may say anything
             return max(0.0, seconds)
     return None
-
-
-def read_chat_response(answer: Any, *, model: str) -> LMResponse:
-    """Read an OpenAI-shaped chat completion, object or dict.
-
-    Raises:
-        LMServerError: It has no choices.
-    """
-    choices = _get(answer, "choices") or []
-    request_id = _get(answer, "id")
-    if not choices:
-        raise LMServerError(
-            f"{model}: the answer has no choices.", model=model, request_id=request_id
-        )
-    outputs = tuple(_read_choice(choice) for choice in choices)
-    usage = _get(answer, "usage")
-    return LMResponse(
-        outputs=outputs,
-        usage=Usage.from_provider(_as_mapping(usage)),
-        model=_get(answer, "model") or model,
-        request_id=request_id,
-    )
-
-
-def _read_choice(choice: Any) -> LMOutput:
-    message = _get(choice, "message")
-    if message is None:  # a text completion
-        return LMOutput(
-            text=_get(choice, "text") or "", finish_reason=_get(choice, "finish_reason")
-        )
-    calls = _get(message, "tool_calls") or ()
-    return LMOutput(
-        text=_get(message, "content") or "",
-        finish_reason=_get(choice, "finish_reason"),
-        reasoning=_get(message, "reasoning_content"),
-        tool_calls=tuple(_as_mapping(call) for call in calls),
-    )
-
-
-def _get(holder: Any, name: str) -> Any:
-    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
-
-
-def _as_mapping(value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if isinstance(value, Mapping):
-        return dict(value)
-    if callable(getattr(value, "model_dump", None)):
-        return dict(value.model_dump())
-    return dict(vars(value))

@@ -15,6 +15,7 @@ from dspylite.concurrency.outcome import Outcome
 from dspylite.concurrency.parallel import BatchOptions, Parallel
 from dspylite.errors import LMConfigurationError, ModuleError
 from dspylite.runtime.calls import Observed
+from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
 from dspylite.runtime.settings import settings
 from dspylite.runtime.tracking import History, recording_in, track_usage
@@ -81,6 +82,7 @@ class Module:
         with (
             Observed("module", self, self._shown(args, kwargs)) as call,
             recording_in(self.history),
+            Deadline(settings.deadline_s),
         ):
             if settings.track_usage:
                 with track_usage() as tracker:

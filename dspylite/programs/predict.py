@@ -21,14 +21,16 @@ from dspylite.errors import (
     InputFieldError,
     LMConfigurationError,
     LMNotConfiguredError,
+    TruncatedError,
     nearest,
 )
 from dspylite.programs.base import Module
 from dspylite.runtime.calls import Observed
+from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
-from dspylite.runtime.settings import settings
+from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import record_trace
-from dspylite.schema.messages import LMResponse, Usage, without_secrets
+from dspylite.schema.messages import LMOutput, LMResponse, Usage, without_secrets
 from dspylite.schema.records import Example, Prediction
 from dspylite.schema.signature import (
     AnySignature,
@@ -44,12 +46,15 @@ P = ParamSpec("P")
 S = TypeVar("S")
 
 _DEFAULT_ADAPTER = ChatAdapter()
-_OVERRIDES = ("lm", "demos", "config", "signature")
+_OVERRIDES = ("lm", "demos", "config", "signature", "deadline_s")
 _SAMPLING_TEMPERATURE = 0.7
 """Used when several answers are asked for and the temperature would make them equal.
 
 DSPy's value.
 """
+
+_LM_TYPES: set[type] = set()
+"""Classes that have passed `isinstance(..., LanguageModel)`, which costs more than the rest."""
 
 _NO_LM = (
     "No LM is configured here. Write `configure(lm=LM('provider/model'))` once for the process, or "
@@ -68,6 +73,7 @@ class _Question:
     inputs: Mapping[str, Any]
     lm: LanguageModel
     params: Mapping[str, Any]
+    deadline_s: float | None
 
 
 class Typed(Module, Generic[P, S]):
@@ -172,7 +178,8 @@ class Predict(Typed[P, S]):
 
     async def _answer(self, io: Io, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         question = self._question(args, kwargs)
-        prediction = await _ask(io, question)
+        with Deadline(question.deadline_s):
+            prediction = await _ask(io, question)
         record_trace(self, question.inputs, prediction)
         return prediction
 
@@ -205,6 +212,7 @@ class Predict(Typed[P, S]):
             inputs=inputs,
             lm=lm,
             params=params,
+            deadline_s=check_deadline("deadline_s", overrides.get("deadline_s")),
         )
 
     def __repr__(self) -> str:
@@ -273,7 +281,8 @@ async def _ask(io: Io, question: _Question) -> Prediction:
     try:
         rows = await _attempt(io, adapter, question, responses)
     except AdapterParseError as error:
-        if adapter.fallback is None:
+        # In another form the answer would be as long, and cut again.
+        if adapter.fallback is None or isinstance(error, TruncatedError):
             raise
         logger.debug("%s; asking again through %s", error.message, type(adapter.fallback).__name__)
         try:
@@ -281,7 +290,12 @@ async def _ask(io: Io, question: _Question) -> Prediction:
         except AdapterParseError as second:
             raise second from error
     prediction = Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
-    prediction.set_lm_usage({question.lm.model: sum((r.usage for r in responses), Usage())})
+    usage: dict[str, Usage] = {}
+    for response in responses:
+        name = response.answered_by or question.lm.model
+        usage[name] = usage.get(name, Usage()) + response.usage
+    prediction.set_lm_usage(usage)
+    prediction.set_lm_attempts([attempt for each in responses for attempt in each.attempts])
     return prediction
 
 
@@ -304,9 +318,25 @@ async def _attempt(
         with Observed(
             "adapter_parse", adapter, {"signature": signature, "completion": output.text}
         ) as call:
-            rows.append(adapter.parse(signature, output.text, finish_reason=output.finish_reason))
+            rows.append(_parse(adapter, signature, output))
             call.outputs = rows[-1]
     return rows
+
+
+def _parse(adapter: Adapter, signature: type[Signature], output: LMOutput) -> dict[str, Any]:
+    try:
+        return adapter.parse(signature, output.text, finish_reason=output.finish_reason)
+    except AdapterParseError as error:
+        if output.finish_reason != "length":
+            raise
+        raise TruncatedError(
+            error.adapter_name,
+            signature,
+            output.text,
+            "The model stopped at its length limit before the answer was complete; give it room by "
+            f"`max_tokens=`. {error.message}",
+            error.parsed_result,
+        ) from error
 
 
 def _checked_inputs(
@@ -402,7 +432,10 @@ def _check_outputs(signature: type[Signature]) -> None:
 def _usable(lm: Any) -> LanguageModel:
     if lm is None:
         raise LMNotConfiguredError(_NO_LM)
-    if not isinstance(lm, LanguageModel):
-        hint = f"; write `LM({lm!r})`" if isinstance(lm, str) else ""
-        raise LMConfigurationError(f"`lm` must be an LM, not {lm!r}{hint}.")
-    return lm
+    if type(lm) not in _LM_TYPES:
+        if not isinstance(lm, LanguageModel):
+            hint = f"; write `LM({lm!r})`" if isinstance(lm, str) else ""
+            raise LMConfigurationError(f"`lm` must be an LM, not {lm!r}{hint}.")
+        _LM_TYPES.add(type(lm))
+    checked: LanguageModel = lm
+    return checked

@@ -133,6 +133,21 @@ def call_async(fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwar
     return result.result()
 
 
+def call_within(seconds: float, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a sync function that cannot be told to hurry, and wait no longer than so many seconds.
+
+    It runs on a thread of its own, in a copy of the caller's context. Where the time is up, the
+    thread is left behind; it is a daemon, so it keeps no process from ending.
+
+    Raises:
+        TimeoutError: The time is up.
+    """
+    result: Future[T] = Future()
+    work = partial(carried_context().run, partial(fn, *args, **kwargs))
+    threading.Thread(target=_deliver, args=(result, work), daemon=True).start()
+    return result.result(max(0.0, seconds))
+
+
 def _deliver(result: Future[Any], work: Callable[[], Any]) -> None:
     try:
         result.set_result(work())

@@ -102,7 +102,16 @@ class Observed:
         inputs: What it was called with.
     """
 
-    __slots__ = ("_callbacks", "_frame", "_inputs", "_instance", "_kind", "_token", "outputs")
+    __slots__ = (
+        "_callbacks",
+        "_frame",
+        "_inputs",
+        "_instance",
+        "_is_left_open",
+        "_kind",
+        "_token",
+        "outputs",
+    )
 
     def __init__(self, kind: CallKind, instance: Any, inputs: dict[str, Any]) -> None:
         self._kind = kind
@@ -111,6 +120,7 @@ class Observed:
         self._callbacks: tuple[Any, ...] = ()
         self._frame: CallFrame | None = None
         self._token: Token[CallFrame | None] | None = None
+        self._is_left_open = False
         self.outputs: Any = None
 
     def __enter__(self) -> Observed:
@@ -135,11 +145,20 @@ class Observed:
     ) -> None:
         if self._token is None:
             return
-        self._tell("end", outputs=self.outputs, exception=exc)
+        if exc is not None or not self._is_left_open:
+            self._tell("end", outputs=self.outputs, exception=exc)
         try:
             _CURRENT.reset(self._token)
         except ValueError:
             pass  # a generator closed from another context: its frame ended with its own context
+
+    def leave_open(self) -> None:
+        """Let the end of the block not be the end of the call; that is told by `finish`."""
+        self._is_left_open = True
+
+    def finish(self, outputs: Any, exception: BaseException | None = None) -> None:
+        """Tell the end of a call that was left open."""
+        self._tell("end", outputs=outputs, exception=exception)
 
     def _tell(self, moment: str, **details: Any) -> None:
         if self._frame is None:

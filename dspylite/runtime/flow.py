@@ -7,11 +7,11 @@ so that one body serves sync and async callers. Not here: what plans do.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import anyio
@@ -20,33 +20,13 @@ from anyio.lowlevel import current_token
 from dspylite.abc import Clock, Dual, Gate, Io, Ticket
 from dspylite.errors import FlowError
 from dspylite.runtime.bridge import call_async, call_in_thread
+from dspylite.runtime.clock import CLOCK, deadline_error, time_left
 from dspylite.runtime.threads import ThreadPoolExecutor, is_async
 
 P = ParamSpec("P")
 T = TypeVar("T")
 X = TypeVar("X")
 K = TypeVar("K", bound=Ticket)
-
-
-class SystemClock:
-    """The real time."""
-
-    def now(self) -> float:
-        """Return the monotonic clock's seconds."""
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        """Block this thread."""
-        time.sleep(seconds)
-
-    async def asleep(self, seconds: float) -> None:
-        """Wait on this event loop."""
-        await anyio.sleep(seconds)
-
-
-_SYSTEM_CLOCK = SystemClock()
-CLOCK: ContextVar[Clock] = ContextVar("dspylite_clock", default=_SYSTEM_CLOCK)
-"""The clock of this context's drivers; tests put another one here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,25 +82,21 @@ class BlockingIo:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    @asynccontextmanager
-    async def enter(self, gate: Gate[K]) -> AsyncGenerator[None, None]:
+    def time_left(self) -> float | None:
+        """Return the seconds until the deadline of the call in progress; None without one."""
+        return time_left()
+
+    def enter(self, gate: Gate[K]) -> AbstractAsyncContextManager[K]:
         """Block until the gate lets this thread in."""
-        granted = threading.Event()
-        ticket = gate.ask(granted.set)
-        try:
-            if not ticket.granted:
-                granted.wait()
-            yield
-        finally:
-            gate.leave(ticket)
+        return _Entry(gate, _wait_on_thread)
 
 
 class AsyncIo:
     """Waits by awaiting anyio, on asyncio and trio; sync functions go to worker threads."""
 
-    async def call(self, dual: Dual[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Await the async form."""
-        return await dual.acall(*args, **kwargs)
+    def call(self, dual: Dual[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        """Give the async form to be awaited."""
+        return dual.acall(*args, **kwargs)
 
     async def any(
         self, fn: Callable[P, T | Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
@@ -163,21 +139,80 @@ class AsyncIo:
             raise failures[0]
         return [results[index] for index in range(len(items))]
 
-    @asynccontextmanager
-    async def enter(self, gate: Gate[K]) -> AsyncGenerator[None, None]:
+    def time_left(self) -> float | None:
+        """Return the seconds until the deadline of the call in progress; None without one."""
+        return time_left()
+
+    def enter(self, gate: Gate[K]) -> AbstractAsyncContextManager[K]:
         """Await the gate."""
-        granted = anyio.Event()
-        token: Any = current_token().native_token
-        # Posted, not called: two loops that wait for each other's release would stand still for
-        # ever.
-        post = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
-        ticket = gate.ask(lambda: post(granted.set))
-        try:
-            if not ticket.granted:
-                await granted.wait()
-            yield
-        finally:
-            gate.leave(ticket)
+        return _Entry(gate, _wait_on_loop)
+
+
+class _Entry(Generic[K]):
+    """A place in a gate for the length of a block; a class, because generators cost more."""
+
+    __slots__ = ("_clock", "_gate", "_ticket", "_wait")
+
+    def __init__(self, gate: Gate[K], wait: Callable[[Gate[K], K, Clock], Awaitable[None]]) -> None:
+        self._gate = gate
+        self._wait = wait
+        self._clock = CLOCK.get()
+
+    async def __aenter__(self) -> K:
+        self._ticket = ticket = self._gate.ask(self._clock.now())
+        if not ticket.granted:
+            try:
+                await self._wait(self._gate, ticket, self._clock)
+            except BaseException:
+                self._gate.leave(ticket, self._clock.now())
+                raise
+        return ticket
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._gate.leave(self._ticket, self._clock.now())
+
+
+async def _wait_on_thread(gate: Gate[K], ticket: K, clock: Clock) -> None:
+    changed = threading.Event()
+    ticket.wake = changed.set
+    while not ticket.granted:
+        seconds = _seconds_to_wait(ticket, clock)
+        if not ticket.granted:  # it may have been since `wake` was set or the event cleared
+            clock.wait(changed, seconds)
+        changed.clear()
+        gate.look(clock.now())
+
+
+async def _wait_on_loop(gate: Gate[K], ticket: K, clock: Clock) -> None:
+    token: Any = current_token().native_token
+    # Posted, not called: two loops that wait for each other's release would stand still for ever.
+    post = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
+    while not ticket.granted:
+        changed = anyio.Event()
+        ticket.wake = partial(post, changed.set)
+        seconds = _seconds_to_wait(ticket, clock)
+        if not ticket.granted:  # it may have been before `wake` was set
+            await clock.await_(changed, seconds)
+        gate.look(clock.now())
+
+
+def _seconds_to_wait(ticket: Ticket, clock: Clock) -> float | None:
+    """Return the longest wait before the holder must look again or give up.
+
+    Raises:
+        DeadlineExceededError: The time of the call is up.
+    """
+    left = time_left()
+    if left is not None and left <= 0:
+        raise deadline_error("waiting for other calls to the same endpoint")
+    again = ticket.look_again_at
+    waits = [left, None if again is None else max(0.0, again - clock.now())]
+    return min((seconds for seconds in waits if seconds is not None), default=None)
 
 
 def _run_plan(plan: Callable[[X], Awaitable[T]], item: X) -> T:

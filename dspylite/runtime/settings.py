@@ -38,6 +38,8 @@ class SettingsChanges(TypedDict, total=False):
     trace: list[Any] | None
     track_usage: bool
     usage_tracker: Any
+    budget: Any
+    deadline_s: float | None
     disable_history: bool
     max_history_size: int
     max_trace_size: int
@@ -127,6 +129,19 @@ def _at_least(least: int) -> Callable[[str, Any], int]:
     return check
 
 
+def check_deadline(name: str, value: Any) -> float | None:
+    """Return a time limit in seconds; None is none.
+
+    Raises:
+        SettingsError: It is no positive number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise SettingsError(f"`{name}` must be a positive number of seconds, not {value!r}.")
+    return float(value)
+
+
 def _optional(check: Callable[[str, Any], int]) -> Callable[[str, Any], int | None]:
     return lambda name, value: None if value is None else check(name, value)
 
@@ -171,6 +186,10 @@ class Settings:
             nothing.
         track_usage: Whether a module's prediction carries the tokens of all calls below it.
         usage_tracker: The tracker of the innermost `track_usage()`.
+        budget: The budget of the innermost `budget()`.
+        deadline_s: Longest time for a program or model call, in seconds, over waiting in line,
+            retries and reading; a call made by another one has what is left to that one. None: no
+            limit.
         disable_history: Whether finished calls are forgotten at once.
         max_history_size: Most calls kept in a history.
         max_trace_size: Most entries kept in `trace`; the oldest go first.
@@ -192,6 +211,8 @@ class Settings:
     trace = Key[list[Any] | None](None, _recorder)
     track_usage = Key[bool](False, _flag)
     usage_tracker = Key[Any](None, _anything)
+    budget = Key[Any](None, _anything)
+    deadline_s = Key[float | None](None, check_deadline)
     disable_history = Key[bool](False, _flag)
     max_history_size = Key[int](1_000, _at_least(0))
     max_trace_size = Key[int](10_000, _at_least(1))
@@ -308,7 +329,8 @@ def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
 class Snapshot:
     """All settings of one moment, whole.
 
-    What belongs to the process that took it (`trace`, `usage_tracker`) does not travel in a pickle.
+    What belongs to the process that took it (`trace`, `usage_tracker`, `budget`) does not travel in
+    a pickle.
 
     Attributes:
         values: Every key with its value.
@@ -318,9 +340,8 @@ class Snapshot:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only its own process can use."""
-        return {
-            name: v for name, v in self.values.items() if name not in {"trace", "usage_tracker"}
-        }
+        stays = {"trace", "usage_tracker", "budget"}
+        return {name: value for name, value in self.values.items() if name not in stays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in what did not travel."""

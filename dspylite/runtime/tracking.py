@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from dspylite.runtime.settings import overlay_with, settings
@@ -141,15 +142,25 @@ class History:
 _OPEN: ContextVar[tuple[History, ...]] = ContextVar("dspylite_open_histories", default=())
 
 
-@contextmanager
-def recording_in(history: History) -> Generator[None, None, None]:
+class recording_in:  # noqa: N801  # used like the functions of contextlib
     """Keep the calls made in the block in `history` too."""
-    token = _OPEN.set((*_OPEN.get(), history))
-    try:
-        yield
-    finally:
+
+    __slots__ = ("_history", "_token")
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+
+    def __enter__(self) -> None:
+        self._token = _OPEN.set((*_OPEN.get(), self._history))
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         try:
-            _OPEN.reset(token)
+            _OPEN.reset(self._token)
         except ValueError:
             pass  # left in another context: what was set ended with the context it was set in
 
@@ -161,10 +172,21 @@ def record_call(
     params: Mapping[str, Any],
     response: LMResponse,
     histories: Sequence[History],
+    is_counted: bool = False,
 ) -> None:
-    """Count one answered call where somebody asked for it, and keep it in the histories."""
+    """Count one answered call where somebody asked for it, and keep it in the histories.
+
+    Args:
+        model: The model asked.
+        messages: What it was sent.
+        params: Request parameters.
+        response: What it answered.
+        histories: Those that keep it, besides the ones open in this context.
+        is_counted: Whether the LM that really answered, a fallback, has counted it and told the
+            open histories already.
+    """
     tracker = settings.usage_tracker
-    if tracker is not None:
+    if tracker is not None and not is_counted:
         tracker.add(model, response.usage)
     if settings.disable_history:
         return
@@ -175,7 +197,7 @@ def record_call(
         usage=response.usage.as_dict(),
         kwargs=without_secrets(params),
     )
-    for history in (*histories, *_OPEN.get()):
+    for history in (*histories, *(() if is_counted else _OPEN.get())):
         history.add(entry)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -50,11 +50,16 @@ class LMRequest:
         model: Name as the provider's engine takes it, such as `"openai/gpt-4o-mini"`.
         messages: The chat so far, in order.
         params: Sampling and provider parameters, such as `temperature`, `max_tokens`, `n`.
+        asked: Those of `params` that this call named, without the model's own defaults; what
+            another model is given when it takes the call over.
+        stream: Whether the answer is wanted piece by piece, as `LMResponse.stream`.
     """
 
     model: str
     messages: Sequence[Message]
     params: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    asked: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    stream: bool = False
 
     def __repr__(self) -> str:
         params = without_secrets(self.params)
@@ -154,17 +159,87 @@ class LMOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LMDelta:
+    """One piece of a streamed answer.
+
+    Attributes:
+        index: Which of the `n` answers it belongs to.
+        text: What was written since the piece before.
+        reasoning: What was reasoned since the piece before.
+        tool_calls: Pieces of tool calls in the provider's form: `index` says of which call; `id`
+            and the function's `name` come once, its `arguments` in pieces to be joined.
+        finish_reason: Why this answer ended; in its last piece only.
+    """
+
+    index: int = 0
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One request of a call, successful or not.
+
+    Attributes:
+        model: The model asked.
+        seconds: From the moment it was this attempt's turn until its end, waits in line included.
+        error: Code of the failure, such as `"rate_limit"`; None for the one that succeeded.
+        status: HTTP status of the failure, where there was one.
+        usage: Tokens; none for a failure.
+    """
+
+    model: str
+    seconds: float
+    error: str | None = None
+    status: int | None = None
+    usage: Usage = field(default_factory=Usage)
+
+
+class DeltaSource(Protocol):
+    """An open stream: a `Dual` from nothing to the next piece."""
+
+    def call(self) -> LMDelta | None:
+        """Wait on this thread for the next piece; None at the proper end.
+
+        Raises:
+            LMError: The stream broke, or ended before its end.
+        """
+        ...
+
+    def acall(self) -> Awaitable[LMDelta | None]:
+        """Await the next piece on this event loop; otherwise as `call`."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection, from whatever thread; nothing happens where it is closed."""
+        ...
+
+    @property
+    def response(self) -> LMResponse:
+        """All pieces so far as one answer; whole, with its usage, after the end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LMResponse:
     """The answer to one `LMRequest`.
 
     Attributes:
-        outputs: The `n` answers, in the provider's order; never empty.
+        outputs: The `n` answers, in the provider's order; never empty, unless `stream` is set.
         usage: Tokens of this call.
         model: The model that answered, as the provider names it.
         request_id: The provider's id of the answer, where it gives one.
+        answered_by: Name of the LM that answered, which may be a fallback.
+        attempts: Every request that was made for it, the successful one last.
+        stream: The open stream of a request that asked for one; whoever holds it must close it.
     """
 
     outputs: tuple[LMOutput, ...]
     usage: Usage = field(default_factory=Usage)
     model: str = ""
     request_id: str | None = None
+    answered_by: str = ""
+    attempts: tuple[Attempt, ...] = ()
+    stream: DeltaSource | None = field(default=None, repr=False, compare=False)

@@ -5,11 +5,11 @@ Not here: turning a model's text into these (`adapters/`, `programs/`).
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import TYPE_CHECKING, Any, Self
 
 from dspylite.errors import nearest
-from dspylite.schema.messages import Usage
+from dspylite.schema.messages import Attempt, Usage
 
 
 class Example:
@@ -274,6 +274,18 @@ class Outputs(Example):
     def set_lm_usage(self, usage: Mapping[str, Usage]) -> None:
         """Attach what was spent, by model name."""
         self.__dict__["_usage"] = dict(usage)
+
+    def get_lm_attempts(self) -> tuple[Attempt, ...]:
+        """Return every request made for this, failed ones included, in order.
+
+        Each says which model was asked, how it failed or what it cost, and how long it took.
+        """
+        attempts: tuple[Attempt, ...] = self.__dict__.get("_attempts", ())
+        return attempts
+
+    def set_lm_attempts(self, attempts: Iterable[Attempt]) -> None:
+        """Attach the requests that were made."""
+        self.__dict__["_attempts"] = tuple(attempts)
 
 
 class Prediction(Outputs):

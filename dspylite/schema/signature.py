@@ -220,12 +220,23 @@ class SignatureMeta(type):
     @property
     def input_fields(cls) -> Mapping[str, Field]:
         """The inputs by name, in order."""
-        return {name: field for name, field in cls.__fields__.items() if field.kind == "input"}
+        return cls._of_kind("input")
 
     @property
     def output_fields(cls) -> Mapping[str, Field]:
         """The outputs by name, in order."""
-        return {name: field for name, field in cls.__fields__.items() if field.kind == "output"}
+        return cls._of_kind("output")
+
+    def _of_kind(cls, kind: str) -> Mapping[str, Field]:
+        """Pick the fields of a kind; kept, because each call asks several times."""
+        kept: dict[str, Mapping[str, Field]] | None = cls.__dict__.get("__by_kind__")
+        if kept is None:
+            sorted_by_kind: dict[str, dict[str, Field]] = {"input": {}, "output": {}}
+            for name, field in cls.__fields__.items():
+                sorted_by_kind[field.kind][name] = field
+            kept = {each: MappingProxyType(fields) for each, fields in sorted_by_kind.items()}
+            type.__setattr__(cls, "__by_kind__", kept)
+        return kept[kind]
 
     @property
     def instructions(cls) -> str:

@@ -10,10 +10,11 @@ from contextvars import Token
 from types import TracebackType
 from typing import Self
 
+import anyio
 from anyio.lowlevel import checkpoint
 
 from dspylite.abc import Clock
-from dspylite.runtime.flow import CLOCK
+from dspylite.runtime.clock import CLOCK
 
 
 class FakeClock:
@@ -55,6 +56,20 @@ class FakeClock:
         """Move the clock on, and let other tasks run."""
         self.sleep(seconds)
         await checkpoint()
+
+    def wait(self, event: threading.Event, seconds: float | None) -> None:
+        """Let the seconds pass at once, unless the event is set; without a limit, really wait."""
+        if seconds is None:
+            event.wait()
+        elif not event.is_set():
+            self.sleep(seconds)
+
+    async def await_(self, event: anyio.Event, seconds: float | None) -> None:
+        """Wait likewise on this event loop."""
+        if seconds is None:
+            await event.wait()
+        elif not event.is_set():
+            await self.asleep(seconds)
 
     def __enter__(self) -> Self:
         self._token = CLOCK.set(self)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dspylite.abc import Engine, Io, Next
+from dspylite.abc import Engine, Io, Middleware, Next
 from dspylite.adapters.base import BaseAdapter
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.models.base import BaseLM
 from dspylite.models.embedder import Embedder
 from dspylite.models.offline.engine import respond
 from dspylite.models.offline.hashing import hash_embedding
+from dspylite.runtime.gates import Pass, wake
 from dspylite.schema.messages import LMRequest, LMResponse
 from dspylite.schema.signature import OutputField, make_signature
 
@@ -30,26 +31,18 @@ Answers = Sequence[Answer] | Mapping[str, Answer] | Callable[[LMRequest], Script
 class _Door:
     """A gate that lets everybody in while open and nobody while closed."""
 
-    class Ticket:
-        """A caller at the door."""
-
-        __slots__ = ("granted", "wake")
-
-        def __init__(self, wake: Callable[[], None]) -> None:
-            self.granted = False
-            self.wake = wake
-
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards all below; wakes are called outside it
         self._closed = 0
         self._until: int | None = None
-        self._waiting: list[_Door.Ticket] = []
+        self._waiting: list[Pass] = []
         self.inside = 0
         self.most_inside = 0
         self.arrived = 0
 
-    def ask(self, wake: Callable[[], None]) -> _Door.Ticket:
-        ticket = _Door.Ticket(wake)
+    def ask(self, now: float) -> Pass:
+        del now
+        ticket = Pass()
         with self._changed:
             self.arrived += 1
             self.inside += 1
@@ -64,7 +57,11 @@ class _Door:
             self.open()
         return ticket
 
-    def leave(self, ticket: _Door.Ticket) -> None:
+    def look(self, now: float) -> None:
+        """Do nothing: time opens no door."""
+
+    def leave(self, ticket: Pass, now: float) -> None:
+        del now
         with self._changed:
             self.inside -= 1
             if not ticket.granted:
@@ -81,7 +78,7 @@ class _Door:
             for ticket in let_in:
                 ticket.granted = True
         for ticket in let_in:
-            ticket.wake()
+            wake(ticket)
 
     def wait_for(self, count: int, timeout_s: float) -> None:
         with self._changed:
@@ -133,10 +130,12 @@ class FakeLM(BaseLM):
         num_retries: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, num_retries=num_retries, **kwargs)
         self._engine = _Script(answers, default, adapter or ChatAdapter())
         self._door = _Door()
-        self.middleware = (*self.middleware, _HoldAtDoor(self._door))
+        super().__init__(model, num_retries=num_retries, **kwargs)
+
+    def _build_middleware(self) -> tuple[Middleware, ...]:
+        return (*super()._build_middleware(), _HoldAtDoor(self._door))
 
     @property
     def engine(self) -> Engine:

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any, assert_type
 
 import dspylite as dspy
+from dspylite.abc import Io, Next
 from dspylite.testing import (
     DummyLM,
     FakeClock,
@@ -376,6 +377,63 @@ def program_errors(error: dspy.DSPyError) -> ValueError | TypeError | None:
         case _:
             pass
     return None
+
+
+# --- Calls: policies, streams, deadlines, budgets -------------------------------------------------
+
+
+class Logged:
+    """A policy of a user."""
+
+    async def handle(self, request: dspy.LMRequest, call_next: Next, io: Io) -> dspy.LMResponse:
+        started = io.now()
+        response = await call_next(request)
+        print(request.model, io.now() - started, response.attempts)
+        return response
+
+
+def calls(spare: dspy.LM) -> None:
+    lm = dspy.LM(
+        "openai/m",
+        engine="direct",
+        num_retries=2,
+        rpm=60,
+        tpm=10_000,
+        max_concurrency=4,
+        max_queue=100,
+        fallbacks=[spare],
+        fallback_on=(dspy.LMServerError,),
+        circuit_breaker=dspy.CircuitBreaker(cool_down_s=1.0),
+        middleware=[Logged(), dspy.Retry(max_retries=1), dspy.MaxConcurrency(2)],
+        price=(0.15, 0.6),
+        deadline_s=30,
+    )
+    assert_type(lm.health(), dspy.Health)
+    assert_type(lm.list_models(), list[str])
+    assert_type(lm.supports_function_calling, bool)
+    assert_type(lm.context_window, int | None)
+    with lm.stream("Hi") as stream:
+        for piece in stream:
+            assert_type(piece, dspy.LMDelta)
+            assert_type(piece.text, str)
+    assert_type(stream.response.usage, dspy.Usage)
+    dspy.Fallback([spare], on=(dspy.LMServerError,))
+    dspy.RateLimit(rpm=10)
+    with dspy.context(deadline_s=5.0), dspy.budget(tokens=1_000, usd=0.1) as spending:
+        assert_type(spending.usd_spent, float | None)
+    attempts = dspy.Prediction(answer="x").get_lm_attempts()
+    assert_type(attempts, tuple[dspy.Attempt, ...])
+
+
+async def awaited_stream(lm: dspy.LM) -> str:
+    async with await lm.astream("Hi") as stream:
+        return "".join([piece.text async for piece in stream])
+
+
+def over_http(error: dspy.DSPyError) -> int:
+    answer = error.to_http()
+    assert_type(answer.headers, dict[str, str])
+    return answer.status
 
 
 # --- Fakes for tests -----------------------------------------------------------------------------

@@ -1,0 +1,166 @@
+"""Reads an OpenAI-shaped answer, whether it comes as dicts or as objects of a library.
+
+Not here: failures (`models/translate.py`), and answers that come in pieces (`models/deltas.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dspylite.errors import ContentFilterError, LMInvalidRequestError, LMServerError
+from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage
+
+
+def read_chat_response(answer: Any, *, model: str) -> LMResponse:
+    """Read an OpenAI-shaped chat completion, object or dict.
+
+    Raises:
+        LMServerError: It has no choices.
+        ContentFilterError: The provider's policy left nothing of the answer.
+    """
+    choices = _get(answer, "choices") or []
+    request_id = _get(answer, "id")
+    if not choices:
+        raise LMServerError(
+            f"{model}: the answer has no choices.", model=model, request_id=request_id
+        )
+    outputs = tuple(_read_choice(choice) for choice in choices)
+    if error := answer_error(outputs, model=model, request_id=request_id):
+        raise error
+    usage = _get(answer, "usage")
+    return LMResponse(
+        outputs=outputs,
+        usage=Usage.from_provider(as_mapping(usage)),
+        model=_get(answer, "model") or model,
+        request_id=request_id,
+    )
+
+
+def read_responses_answer(answer: Any, *, model: str) -> LMResponse:
+    """Read an answer of OpenAI's `/responses`, object or dict.
+
+    Raises:
+        LMServerError: It has no output.
+    """
+    texts: list[str] = []
+    reasoning: list[str] = []
+    calls: list[Mapping[str, Any]] = []
+    items = [as_mapping(item) for item in _get(answer, "output") or ()]
+    for item in items:
+        parts = [as_mapping(part) for part in item.get("content") or item.get("summary") or ()]
+        said = [str(part["text"]) for part in parts if part.get("text")]
+        match item.get("type"):
+            case "message":
+                texts += said
+            case "reasoning":
+                reasoning += said
+            case "function_call":
+                function = {"name": item.get("name"), "arguments": item.get("arguments")}
+                calls.append({"id": item.get("call_id"), "type": "function", "function": function})
+            case _:
+                pass  # searches and the like, which are part of how the answer was found
+    request_id = _get(answer, "id")
+    if not (texts or calls or reasoning):
+        raise LMServerError(
+            f"{model}: the answer has no output.", model=model, request_id=request_id
+        )
+    details = as_mapping(_get(answer, "incomplete_details"))
+    is_cut = details.get("reason") == "max_output_tokens"
+    usage = as_mapping(_get(answer, "usage"))
+    output = LMOutput(
+        text="".join(texts),
+        finish_reason="length" if is_cut else "tool_calls" if calls else "stop",
+        reasoning="".join(reasoning) or None,
+        tool_calls=tuple(calls),
+    )
+    return LMResponse(
+        outputs=(output,),
+        usage=Usage.from_provider(
+            {
+                "prompt_tokens": usage.get("input_tokens"),
+                "completion_tokens": usage.get("output_tokens"),
+                "total_tokens": usage.get("total_tokens"),
+            }
+        ),
+        model=_get(answer, "model") or model,
+        request_id=request_id,
+    )
+
+
+def check_texts(messages: Sequence[Message], model: str) -> None:
+    """Refuse a prompt that cannot be sent, before anything is.
+
+    Raises:
+        LMInvalidRequestError: It holds half of a surrogate pair.
+    """
+    for message in messages:
+        content = message["content"]
+        texts = [content] if isinstance(content, str) else _parts_texts(content)
+        for text in texts:
+            if not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise surrogate_error(error, model) from error
+
+
+def _parts_texts(parts: Any) -> list[str]:
+    found = [part.get("text") for part in parts or () if isinstance(part, Mapping)]
+    return [text for text in found if isinstance(text, str)]
+
+
+def surrogate_error(error: UnicodeEncodeError, model: str) -> LMInvalidRequestError:
+    """Make the error of a prompt that is no text."""
+    return LMInvalidRequestError(
+        f"{model}: the prompt holds half of a surrogate pair ({error.object[error.start]!r}), "
+        "which is no text. Clean it, for instance by `text.encode('utf-8', 'replace').decode()`.",
+        model=model,
+    )
+
+
+def answer_error(
+    outputs: Sequence[LMOutput], *, model: str, request_id: str | None
+) -> ContentFilterError | None:
+    """Return the error that a finished answer really is; None for a good one."""
+    for output in outputs:
+        if output.finish_reason == "content_filter" and not (output.text or output.tool_calls):
+            return ContentFilterError(
+                f"{model}: the provider's content policy left nothing of the answer.",
+                model=model,
+                request_id=request_id,
+            )
+    return None
+
+
+def _read_choice(choice: Any) -> LMOutput:
+    message = _get(choice, "message")
+    if message is None:  # a text completion
+        return LMOutput(
+            text=_get(choice, "text") or "", finish_reason=_get(choice, "finish_reason")
+        )
+    calls = _get(message, "tool_calls") or ()
+    return LMOutput(
+        text=_get(message, "content") or "",
+        finish_reason=_get(choice, "finish_reason"),
+        reasoning=_get(message, "reasoning_content") or _get(message, "reasoning"),
+        tool_calls=tuple(as_mapping(call) for call in calls),
+    )
+
+
+def _get(holder: Any, name: str) -> Any:
+    # A plain dict is asked for first: what `Mapping` is costs much more to find out.
+    if isinstance(holder, (dict, Mapping)):
+        return holder.get(name)
+    return getattr(holder, name, None)
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """Return a dict of what a provider's library gives as a dict or as an object."""
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if callable(getattr(value, "model_dump", None)):
+        return dict(value.model_dump())
+    return dict(vars(value))

@@ -1,0 +1,168 @@
+"""Puts the pieces of a streamed answer together, and knows whether it is complete.
+
+Serves every engine. Not here: where the pieces come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dspylite.errors import LMError, LMServerError
+from dspylite.models.answers import answer_error, as_mapping
+from dspylite.models.translate import error_of_answer, status_of_error
+from dspylite.schema.messages import LMDelta, LMOutput, LMResponse, Usage
+
+END = b"[DONE]"
+
+
+class _Choice:
+    """One of the `n` answers, as far as it has come."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: dict[int, dict[str, Any]] = {}
+        self.finish_reason: str | None = None
+
+    def add_call(self, piece: Mapping[str, Any], position: int) -> None:
+        index = piece.get("index")
+        call = self.calls.setdefault(
+            index if isinstance(index, int) else position,
+            {"id": None, "type": "function", "function": {"name": "", "arguments": ""}},
+        )
+        if piece.get("id"):
+            call["id"] = piece["id"]
+        function = as_mapping(piece.get("function"))
+        call["function"]["name"] += function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
+
+    def output(self) -> LMOutput:
+        return LMOutput(
+            text="".join(self.text),
+            finish_reason=self.finish_reason,
+            reasoning="".join(self.reasoning) or None,
+            tool_calls=tuple(self.calls[index] for index in sorted(self.calls)),
+        )
+
+
+class Assembly:
+    """A streamed answer in the making.
+
+    Args:
+        model: The model asked; named in errors.
+        secrets: Strings that no error may show.
+        request_id: The provider's id, where its headers gave one.
+    """
+
+    def __init__(
+        self, *, model: str, secrets: Iterable[str] = (), request_id: str | None = None
+    ) -> None:
+        self._model = model
+        self._secrets = list(secrets)
+        self._request_id = request_id
+        self._answer_id: str | None = None
+        self._answered_by = ""
+        self._choices: dict[int, _Choice] = {}
+        self._usage = Usage(calls=1)
+        self.is_ended = False
+
+    def read_event(self, data: bytes) -> list[LMDelta]:
+        """Take the data of one event and return what it adds.
+
+        Raises:
+            LMError: The event is an error, or no JSON object.
+        """
+        if data.strip() == END:
+            self.is_ended = True
+            return []
+        try:
+            chunk = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise self._broken("an event is no JSON") from error
+        if not isinstance(chunk, Mapping):
+            raise self._broken("an event is no JSON object")
+        if chunk.get("error"):
+            raise self._error_event(chunk["error"], data)
+        return self.add(chunk)
+
+    def add(self, chunk: Any) -> list[LMDelta]:
+        """Take one chunk in OpenAI's form, a dict or an object, and return what it adds."""
+        chunk = as_mapping(chunk)
+        self._answer_id = self._answer_id or chunk.get("id")
+        self._answered_by = self._answered_by or chunk.get("model") or ""
+        if usage := chunk.get("usage"):
+            self._usage = Usage.from_provider(as_mapping(usage))
+        found: list[LMDelta] = []
+        for choice in chunk.get("choices") or ():
+            delta = self._read_choice(as_mapping(choice))
+            if delta is not None:
+                found.append(delta)
+        return found
+
+    def forget_ends(self) -> None:
+        """Forget the finish reasons, which somebody on the way has made up."""
+        self.is_ended = False
+        for choice in self._choices.values():
+            choice.finish_reason = None
+
+    def finish(self) -> None:
+        """Check, when nothing more comes, that the answer is complete.
+
+        Raises:
+            LMServerError: It is empty, or was cut before its end.
+        """
+        if not self._choices:
+            raise self._broken("it was empty")
+        cut = any(choice.finish_reason is None for choice in self._choices.values())
+        if cut and not self.is_ended:
+            raise self._broken("it was cut before its end")
+        outputs = self.response.outputs
+        if error := answer_error(outputs, model=self._model, request_id=self._request_id):
+            raise error
+
+    @property
+    def response(self) -> LMResponse:
+        """All pieces so far as one answer."""
+        return LMResponse(
+            outputs=tuple(self._choices[index].output() for index in sorted(self._choices)),
+            usage=self._usage,
+            model=self._answered_by or self._model,
+            request_id=self._answer_id or self._request_id,
+        )
+
+    def _read_choice(self, choice: Mapping[str, Any]) -> LMDelta | None:
+        index = choice.get("index") or 0
+        delta = as_mapping(choice.get("delta"))
+        text = delta.get("content") or choice.get("text") or ""
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        calls = tuple(as_mapping(call) for call in delta.get("tool_calls") or ())
+        reason = choice.get("finish_reason")
+        state = self._choices.setdefault(index, _Choice())
+        state.text.append(text)
+        state.reasoning.append(reasoning)
+        for position, call in enumerate(calls):
+            state.add_call(call, position)
+        state.finish_reason = reason or state.finish_reason
+        if not (text or reasoning or calls or reason):
+            return None
+        return LMDelta(
+            index=index, text=text, reasoning=reasoning, tool_calls=calls, finish_reason=reason
+        )
+
+    def _error_event(self, error: Any, data: bytes) -> LMError:
+        return error_of_answer(
+            status=status_of_error(error),
+            headers={"x-request-id": self._request_id} if self._request_id else {},
+            body=data,
+            model=self._model,
+            secrets=self._secrets,
+        )
+
+    def _broken(self, how: str) -> LMServerError:
+        return LMServerError(
+            f"{self._model}: the stream is unusable: {how}.",
+            model=self._model,
+            request_id=self._request_id,
+        )

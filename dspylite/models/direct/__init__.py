@@ -1,0 +1,1 @@
+"""The engine that speaks the OpenAI-compatible protocol itself, over kept-alive connections."""

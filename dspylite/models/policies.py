@@ -1,0 +1,169 @@
+"""Which policies stand around the calls of an LM, by its parameters.
+
+Not here: what a policy does; each has a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self, TypedDict
+
+from dspylite.abc import LanguageModel, Middleware
+from dspylite.errors import LMConfigurationError
+from dspylite.models.adaptive import Adaptive, AdaptiveGate
+from dspylite.models.breaker import CircuitBreaker
+from dspylite.models.endpoints import shared
+from dspylite.models.fallback import Fallback, checked_errors
+from dspylite.models.limits import MaxConcurrency
+from dspylite.models.middleware import in_order, place_of
+from dspylite.models.rates import RateLimit
+from dspylite.models.retry import Retry, RetryBudget
+
+DEFAULT_RETRIES = 3
+"""DSPy's value."""
+DEFAULT_PATIENCE_S = 120.0
+"""How long overload is waited out: twice a rate limit's minute."""
+_QUICK_PAUSE_S = 30.0  # must match the longest wait of `Retry`, which would do no more
+
+
+class PolicyOptions(TypedDict, total=False):
+    """The parameters of `LM` that choose its policies; must match the fields of `Policies`."""
+
+    max_retry_wait_s: float
+    patience_s: float | None
+    max_concurrency: int | None
+    max_queue: int | None
+    rpm: int | None
+    tpm: int | None
+    fallbacks: Sequence[LanguageModel]
+    fallback_on: tuple[type[BaseException], ...] | None
+    circuit_breaker: CircuitBreaker | bool | None
+    adaptive: bool | None
+    middleware: Sequence[Middleware]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policies:
+    """The policies of one LM, as parameters.
+
+    Attributes:
+        num_retries: Further attempts after a failure that may pass. None: 3, and overload is waited
+            out.
+        max_retry_wait_s: Longest wait between two attempts, in seconds.
+        patience_s: How long overload and outage are waited out, in seconds. None: 120, but 0 where
+            `num_retries` is given or there are fallbacks.
+        max_concurrency: Most requests at once to this endpoint with this key.
+        max_queue: Most calls that may wait for that; a further one raises `OverloadedError`.
+        rpm: Most requests in a minute.
+        tpm: Most tokens in a minute.
+        fallbacks: Models that answer where this one cannot.
+        fallback_on: Errors that make them try. None: those of failing endpoints.
+        circuit_breaker: Leaves a failing endpoint alone for a while. True: with its usual
+            parameters; None: where there are fallbacks.
+        adaptive: Whether calls are held back while the endpoint is overloaded. None: where calls go
+            over a network. With a fallback or a breaker nobody waits while it is down.
+        middleware: Further policies; one that stands where another of these stands replaces it.
+    """
+
+    num_retries: int | None = None
+    max_retry_wait_s: float = 30.0
+    patience_s: float | None = None
+    max_concurrency: int | None = None
+    max_queue: int | None = None
+    rpm: int | None = None
+    tpm: int | None = None
+    fallbacks: Sequence[LanguageModel] = field(default=())
+    fallback_on: tuple[type[BaseException], ...] | None = None
+    circuit_breaker: CircuitBreaker | bool | None = None
+    adaptive: bool | None = None
+    middleware: Sequence[Middleware] = field(default=())
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # None takes a parameter away
+            if getattr(self, each.name) is None:
+                object.__setattr__(self, each.name, each.default)
+        if self.max_queue is not None and self.max_concurrency is None:
+            raise LMConfigurationError(
+                f"`max_queue={self.max_queue}` says how many may wait for a place; give "
+                "`max_concurrency=` too."
+            )
+        if self.fallback_on is not None:
+            checked_errors(self.fallback_on)
+        if not isinstance(self.circuit_breaker, CircuitBreaker | bool | None):
+            raise LMConfigurationError(
+                "`circuit_breaker` must be True, False or a `CircuitBreaker(...)`, not "
+                f"{self.circuit_breaker!r}."
+            )
+
+    @property
+    def retries(self) -> int:
+        """Further attempts after a failure that may pass."""
+        return DEFAULT_RETRIES if self.num_retries is None else self.num_retries
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Self:
+        """Return these policies with some parameters changed."""
+        return replace(self, **changes)
+
+    def build(self, endpoint: Hashable, model: str, *, is_remote: bool) -> tuple[Middleware, ...]:
+        """Make the chain, outermost first; what has a state is shared by all of an endpoint.
+
+        Args:
+            endpoint: Tells the endpoint and key from others.
+            model: Told apart where one endpoint serves several.
+            is_remote: Whether calls go over a network.
+
+        Raises:
+            LMConfigurationError: A parameter cannot work.
+        """
+        given = in_order(self.middleware)
+        taken = {place_of(policy) for policy in given} - {"call", "attempt"}
+        has_fallback = bool(self.fallbacks) or "fallback" in taken
+        own: list[Middleware] = [self._retry(endpoint, has_fallback=has_fallback)]
+        if self.fallbacks:
+            on = {} if self.fallback_on is None else {"on": self.fallback_on}
+            own.append(Fallback(self.fallbacks, **on))
+        has_breaker = has_fallback if self.circuit_breaker is None else bool(self.circuit_breaker)
+        if has_breaker:
+            own.append(self._breaker(endpoint, model))
+        if self.rpm is not None or self.tpm is not None:
+            key = ("rate", endpoint, self.rpm, self.tpm)
+            own.append(shared(key, lambda: RateLimit(rpm=self.rpm, tpm=self.tpm)))
+        if (limit := self.max_concurrency) is not None:
+            key = ("concurrency", endpoint, limit, self.max_queue)
+            own.append(shared(key, lambda: MaxConcurrency(limit, max_queue=self.max_queue)))
+        if is_remote if self.adaptive is None else self.adaptive:
+            is_quick = has_fallback or has_breaker or "breaker" in taken
+            own.append(self._gate(endpoint, is_quick=is_quick))
+        return in_order([*given, *(policy for policy in own if place_of(policy) not in taken)])
+
+    def _retry(self, endpoint: Hashable, *, has_fallback: bool) -> Retry:
+        is_quick = self.num_retries is not None or has_fallback
+        patience_s = self.patience_s
+        if patience_s is None:
+            patience_s = 0.0 if is_quick else DEFAULT_PATIENCE_S
+        return Retry(
+            max_retries=self.retries,
+            max_wait_s=self.max_retry_wait_s,
+            patience_s=patience_s if self.retries else 0.0,
+            budget=shared(("retry", endpoint), RetryBudget),
+        )
+
+    @staticmethod
+    def _gate(endpoint: Hashable, *, is_quick: bool) -> Adaptive:
+        if is_quick:
+            # Nobody stands in line for an endpoint that is down while something else can be done.
+            return Adaptive(shared(("quick gate", endpoint), _quick_gate))
+        return Adaptive(shared(("adaptive", endpoint), AdaptiveGate))
+
+    def _breaker(self, endpoint: Hashable, model: str) -> CircuitBreaker:
+        if isinstance(self.circuit_breaker, CircuitBreaker):
+            return self.circuit_breaker
+        return shared(("breaker", endpoint, model), CircuitBreaker)
+
+
+def _quick_gate() -> AdaptiveGate:
+    return AdaptiveGate(max_pause_s=_QUICK_PAUSE_S, max_outage_s=0.0)
+
+
+POLICY_NAMES = frozenset(each.name for each in fields(Policies)) - {"num_retries"}

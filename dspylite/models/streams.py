@@ -1,0 +1,158 @@
+"""Streamed answers on their way to the caller: what users hold, and how policies watch them.
+
+Not here: where the pieces come from (the engines), and how they are put together (`deltas.py`).
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from dspylite.errors import LMUnexpectedError
+from dspylite.schema.messages import DeltaSource, LMDelta, LMResponse
+
+
+class LMStream:
+    """An answer that comes piece by piece, to `for` and to `async for` alike.
+
+    Use it in a `with` (or `async with`) block, or read it to its end: leaving either closes the
+    connection. An answer that breaks, is cut or stays empty raises; it never just ends.
+
+    Example:
+        >>> from dspylite.testing import FakeServer
+        >>> from dspylite.models.lm import LM
+        >>> with FakeServer(answer="Paris") as server:
+        ...     lm = LM("openai/m", api_base=server.base_url, api_key="none")
+        ...     with lm.stream("Capital of France?") as stream:
+        ...         text = "".join(piece.text for piece in stream)
+        >>> text, stream.response.usage.calls
+        ('Paris', 1)
+    """
+
+    def __init__(self, response: LMResponse) -> None:
+        if response.stream is None:
+            raise LMUnexpectedError("A policy around the call has lost its stream.")
+        self._source: DeltaSource = response.stream
+
+    @property
+    def response(self) -> LMResponse:
+        """All pieces so far as one answer; whole, with its usage, after the last piece."""
+        return self._source.response
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> LMDelta:
+        piece = self._source.call()
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    def close(self) -> None:
+        """Close the connection, if it is still open."""
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> LMDelta:
+        piece = await self._source.acall()
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    async def aclose(self) -> None:
+        """Close the connection, if it is still open."""
+        self._source.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class WatchedStream:
+    """A stream that tells what becomes of it; the source does all the work.
+
+    A subclass overrides `over`, or the moments one by one. More than one end may be told of, from
+    several threads (one reads, another closes), so whoever listens must bear a repeat.
+
+    Args:
+        source: The stream of the policy or engine below.
+    """
+
+    def __init__(self, source: DeltaSource) -> None:
+        self._source = source
+
+    def call(self) -> LMDelta | None:
+        """Wait on this thread for the next piece; None at the proper end."""
+        try:
+            piece = self._source.call()
+        except Exception as error:
+            self.broke(error)
+            raise
+        return self._told(piece)
+
+    async def acall(self) -> LMDelta | None:
+        """Await the next piece on this event loop; None at the proper end."""
+        try:
+            piece = await self._source.acall()
+        except Exception as error:
+            self.broke(error)
+            raise
+        return self._told(piece)
+
+    def close(self) -> None:
+        """Close the connection, from whatever thread."""
+        try:
+            self._source.close()
+        finally:
+            self.closed()
+
+    @property
+    def response(self) -> LMResponse:
+        """All pieces so far as one answer."""
+        return self._source.response
+
+    def _told(self, piece: LMDelta | None) -> LMDelta | None:
+        if piece is None:
+            self.ended()
+        else:
+            self.moved()
+        return piece
+
+    def moved(self) -> None:
+        """Hear that a piece has come."""
+
+    def ended(self) -> None:
+        """Hear that the stream came to its proper end."""
+        self.over()
+
+    def broke(self, error: Exception) -> None:
+        """Hear that the stream failed."""
+        del error
+        self.over()
+
+    def closed(self) -> None:
+        """Hear that the holder needs no more of it."""
+        self.over()
+
+    def over(self) -> None:
+        """Hear that nothing more will come, for whatever reason."""
