@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+# The libraries that `make bench` measures, which nothing else here needs.
+BENCH_VENV := .venv-bench
+PEERS := dspy==3.4.1 litellm openai httpx urllib3 aiohttp
 # uv only resolves, in an environment of its own; pip installs.
 LOCK_VENV := .venv-lock
 COMPILE := $(LOCK_VENV)/bin/uv pip compile pyproject.toml --quiet --upgrade --universal \
@@ -40,12 +43,8 @@ check: $(VENV)/.dev ## Lint, format, types, house rules, docstring examples, doc
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_readme.py $(DOCS_TESTS)
 	$(BIN)/python -m pytest -q --doctest-modules dspylite
 
-bench: $(VENV)/.dev ## Measure side by side with other libraries
-	@if [ -f tests/benchmarks/__main__.py ]; then \
-		$(BIN)/python -m tests.benchmarks; \
-	else \
-		echo "There is no benchmark yet: tests/benchmarks/__main__.py does not exist."; \
-	fi
+bench: $(BENCH_VENV)/.ready ## Measure side by side with other libraries (ARGS="--quick --only call")
+	@$(BENCH_VENV)/bin/python -m tests.benchmarks $(ARGS)
 
 lock: ## Resolve the lock files anew, to the newest versions that go together
 	@$(PYTHON) -m venv $(LOCK_VENV)
@@ -81,4 +80,10 @@ $(VENV)/.dev: requirements/dev.txt pyproject.toml | $(VENV)/.made
 	@echo "Installing dspylite and the development tools into $(VENV): one to two minutes, once ..."
 	@$(PIP) install --require-hashes -r requirements/dev.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(BENCH_VENV)/.ready: pyproject.toml
+	@echo "Installing dspylite and its peers into $(BENCH_VENV): one to two minutes, once ..."
+	@$(PYTHON) -m venv --clear $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip -qq --disable-pip-version-check --no-input install -e . $(PEERS)
 	@touch $@
