@@ -592,6 +592,40 @@ def test_after_a_long_outage_callers_are_refused_and_one_probes() -> None:
 # --- The queue -----------------------------------------------------------------------------------
 
 
+def test_who_has_a_fallback_is_refused_at_once_while_others_wait() -> None:
+    """One gate serves both: an outage must not hold callers that could be answered elsewhere."""
+    gate = AdaptiveGate()
+    broken(gate, 0.0)
+    gate.control._probe_out = True
+    patient, late = gate.ask(0.1), gate.ask(0.1, is_patient=False)
+    assert (late.granted, late.refused, patient.granted) == (True, True, False)
+    assert gate.waiting == 1
+
+
+def test_who_has_a_fallback_in_line_when_the_endpoint_goes_down_is_refused() -> None:
+    """Whoever came a moment before the outage is no worse off than who comes after."""
+    gate = AdaptiveGate()
+    held = full(gate, 0.0)
+    patient, impatient = gate.ask(0.0), gate.ask(0.0, is_patient=False)
+    woken = list[str]()
+    impatient.wake = lambda: woken.append("impatient")
+    gate.control.down_since = 0.1
+    gate.control._probe_out = True
+    gate.look(0.2)
+    assert (impatient.refused, patient.granted, woken) == (True, False, ["impatient"])
+    assert (gate.waiting, len(held) > 0) == (1, True)
+
+
+def test_a_long_pause_refuses_who_has_a_fallback_and_a_short_one_does_not() -> None:
+    """Two seconds are waited for; half a minute is better spent with the spare model."""
+    for pause_s, is_refused in ((1.0, False), (30.0, True)):
+        gate = AdaptiveGate()
+        (ticket,) = enter(gate, 0.0)
+        ticket.outcome, ticket.retry_after_s = "throttled", pause_s
+        gate.leave(ticket, 0.0)
+        assert gate.ask(0.1, is_patient=False).refused is is_refused
+
+
 def test_callers_are_let_in_first_come_first_served() -> None:
     """Nobody starves, whatever the others do."""
     gate = AdaptiveGate()

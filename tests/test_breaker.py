@@ -277,6 +277,9 @@ STEPS: dict[str, tuple[list[Step], str]] = {
     "probe says nothing": ([(0, F)] * 4 + [(5, U)], "open"),
     "probe says nothing, the next succeeds": ([(0, F)] * 4 + [(5, U), (5, S)], "closed"),
     "closed afresh": ([(0, F)] * 4 + [(5, S), (5, F), (5, F)], "closed"),
+    "ten in a row after many successes": ([(0, S)] * 40 + [(1, F)] * 10, "open"),
+    "nine in a row after many successes": ([(0, S)] * 40 + [(1, F)] * 9, "closed"),
+    "ten, but not in a row": ([(0, S)] * 40 + [(1, F)] * 9 + [(1, S)] + [(1, F)] * 9, "closed"),
     "closed and opened again": ([(0, F)] * 4 + [(5, S)] + [(6, F)] * 3, "open"),
     "cool-down grown": ([(0, F)] * 4 + [(5, F), (14.9, S)], "open"),
     "cool-down grown and over": ([(0, F)] * 4 + [(5, F), (15, S)], "closed"),
@@ -709,7 +712,7 @@ def test_impossible_parameter_is_refused_when_made(parameters: dict[str, Any]) -
         CircuitBreaker(**parameters)
 
 
-@pytest.mark.parametrize(("cool_down_s", "longest_s"), [(5.0, 60.0), (90.0, 90.0)])
+@pytest.mark.parametrize(("cool_down_s", "longest_s"), [(5.0, 15.0), (90.0, 90.0)])
 def test_longest_cool_down_is_never_below_the_first(cool_down_s: float, longest_s: float) -> None:
     """Whoever only asks for a long cool-down gets it."""
     assert CircuitBreaker(cool_down_s=cool_down_s).max_cool_down_s == longest_s

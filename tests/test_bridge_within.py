@@ -9,7 +9,6 @@ import contextvars
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -125,14 +124,12 @@ def test_a_thread_left_behind_keeps_no_process_from_ending() -> None:
         "except TimeoutError:\n"
         "    print('left behind')\n"
     )
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=18,
+        timeout=10,
         check=True,
         cwd=ROOT,
     )
     assert (done.stdout.strip(), done.stderr) == ("left behind", "")
-    assert time.monotonic() - began < 18

@@ -349,7 +349,7 @@ ANSWERS = {
     ),
     "thoughts in the text": Case(
         reply=Reply(text="<think>hm</think>4"),
-        differs={"answers": "litellm looks for the tags of some models; the text may mean them"},
+        wants={"answers": [{"text": "4", "reasoning_content": "hm"}]},
     ),
     "no content": Case(reply=completion(content=None), wants={"answers": [""]}),
     "no usage": Case(reply=Reply(usage={}), wants={"usage": (0, 0, 0, 1)}),

@@ -430,8 +430,9 @@ def test_the_deadline_ends_the_chain(
     """A spare model must not start what nobody waits for any more (B 4.4)."""
     server.script(Reply(hang=True))
     lm = chain_of(server, second, third)
-    with pytest.raises(DeadlineExceededError):
+    with pytest.raises(DeadlineExceededError) as caught:
         lm("hi", deadline_s=0.3)
+    assert [made.model for made in caught.value.attempts] == ["openai/first"]
     assert counts(server, second, third) == [1, 0, 0]
 
 
@@ -520,6 +521,7 @@ class Outage:
             engine="direct",
             fallbacks=[fallback],
             max_retry_wait_s=0.02,
+            deadline_s=3,  # so that callers who stand in line are seen as errors
             **options,
         )
         self.stopped = threading.Event()
@@ -533,7 +535,7 @@ class Outage:
                 self.errors.append(error)
 
     def wait_for(self, server: FakeServer, more: int) -> None:
-        server.wait_for_requests(len(server.requests) + more, timeout_s=10)
+        server.wait_for_requests(len(server.requests) + more, timeout_s=8)
 
 
 @pytest.mark.parametrize("kind", ["503", "refused"])

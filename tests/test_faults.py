@@ -29,6 +29,7 @@ from dspylite.errors import (
     LMTimeoutError,
     LMTransportError,
 )
+from dspylite.models.litellm_door import load_litellm
 from dspylite.testing import FakeServer, Reply
 
 KEY = "sk-key-of-this-test-0123456789"
@@ -40,6 +41,7 @@ SOON_S = 5.0
 @pytest.fixture(scope="module")
 def running() -> Iterator[FakeServer]:
     """Start one server for the module: litellm keeps a client, and a socket, for each address."""
+    load_litellm()  # which takes seconds, and is not what these tests bound
     with FakeServer() as server:
         yield server
 

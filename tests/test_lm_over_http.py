@@ -405,7 +405,7 @@ def test_choice_of_the_user_about_the_price_list_is_kept(tmp_path: Path) -> None
     """Who wants litellm to fetch prices says so in the environment, and we do not overrule it."""
     (tmp_path / "litellm.py").write_text("import os\nprint(os.environ[os.environ['ASKED']])\n")
     name = "LITELLM_LOCAL_MODEL_COST_MAP"
-    code = "from dspylite.models.litellm import load_litellm; load_litellm()"
+    code = "from dspylite.models.litellm_door import load_litellm; load_litellm()"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_python(code, PYTHONPATH=path, ASKED=name, **{name: "False"})
     assert done.stdout == "False\n"

@@ -638,5 +638,15 @@ def test_adaptive_gate_is_impatient_where_something_else_can_be_done() -> None:
     for options in ({"fallbacks": [FakeLM()]}, {"circuit_breaker": True}):
         gate = policy_of(plain.copy(**options), "adaptive")
         assert isinstance(gate, Adaptive)
-        assert gate.gate.max_outage_s == 0
-    assert policy_of(plain, "adaptive").gate.max_outage_s > 0
+        assert not gate.is_patient
+        assert gate.gate is policy_of(plain, "adaptive").gate
+    assert policy_of(plain, "adaptive").is_patient
+
+
+def test_waits_between_attempts_are_short_where_a_fallback_could_answer() -> None:
+    """A `Retry-After` of half a minute is no reason to keep a caller from the spare model."""
+    plain = dspy.LM("openai/m", api_key=KEY)
+    spared = plain.copy(fallbacks=[FakeLM()])
+    assert policy_of(plain, "retry").max_wait_s == 30
+    assert policy_of(spared, "retry").max_wait_s == 2
+    assert policy_of(spared.copy(max_retry_wait_s=9), "retry").max_wait_s == 9

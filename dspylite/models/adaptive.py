@@ -10,10 +10,11 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from dspylite.abc import Io, Next
+from dspylite.abc import Gate, Io, Next
 from dspylite.errors import (
     CircuitOpenError,
     DeadlineExceededError,
@@ -26,6 +27,9 @@ from dspylite.models.retry import uniform
 from dspylite.runtime.forks import watch_forks
 from dspylite.runtime.gates import wake
 from dspylite.schema.messages import LMRequest, LMResponse
+
+LONG_PAUSE_S = 2.0
+"""Longest time that a caller with a fallback stands in line for an endpoint; guessed."""
 
 
 class AdaptiveGate:
@@ -63,6 +67,7 @@ class AdaptiveGate:
         """Forget who was inside, who waited, and what was learnt."""
         self._lock = threading.Lock()  # guards all below; `wake` is called outside it
         self._queue: OrderedDict[Admission, None] = OrderedDict()
+        self._impatient = 0  # of those in the queue
         self.control = Control(rand=self._rand, max_pause_s=self.max_pause_s)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,15 +80,21 @@ class AdaptiveGate:
         """How many callers wait."""
         return len(self._queue)
 
-    def ask(self, now: float) -> Admission:
-        """Queue up; the place is granted at once where that is possible."""
-        ticket = Admission()
+    def ask(self, now: float, *, is_patient: bool = True) -> Admission:
+        """Queue up; the place is granted at once where that is possible.
+
+        Args:
+            now: Clock time in seconds.
+            is_patient: Whether to wait while the endpoint is down; else the ticket is refused then.
+        """
+        ticket = Admission(is_patient=is_patient)
         control = self.control
         with self._lock:
             if control.plain and not self._queue and control.inside < int(control.limit + 0.5):
                 control.admit(ticket, now)
                 return ticket
             self._queue[ticket] = None
+            self._impatient += not is_patient
             to_wake = self._advance(now)
         self._wake(to_wake, now)
         return ticket
@@ -106,7 +117,8 @@ class AdaptiveGate:
             return []
         ticket.gone = True
         if not ticket.granted:
-            self._queue.pop(ticket, None)
+            if ticket in self._queue:
+                self._drop(ticket)
         elif not ticket.refused:
             self.control.settle(ticket, now)
         return self._advance(now) if self._queue else []
@@ -118,10 +130,18 @@ class AdaptiveGate:
         while queue:
             head = next(iter(queue))
             opens_at = control.opens_at(now)
+            down_s = None if control.down_since is None else now - control.down_since
             if opens_at <= now:
                 control.admit(head, now)
-            elif control.down_since is not None and now - control.down_since > self.max_outage_s:
-                head.granted = head.refused = True
+            elif self._impatient and (down_s is not None or _is_long(opens_at - now)):
+                for ticket in [each for each in queue if not each.is_patient]:
+                    self._refuse(ticket)
+                    to_wake.append(ticket)
+                continue
+            elif down_s is not None and down_s > self.max_outage_s:
+                self._refuse(head)
+                to_wake.append(head)
+                continue
             else:
                 known = head.look_again_at
                 head.look_again_at = None if opens_at == math.inf else opens_at
@@ -129,9 +149,17 @@ class AdaptiveGate:
                 if head.look_again_at is not None and (known is None or opens_at < known):
                     to_wake.append(head)
                 break
-            del queue[head]
+            self._drop(head)
             to_wake.append(head)
         return to_wake
+
+    def _refuse(self, ticket: Admission) -> None:
+        ticket.granted = ticket.refused = True
+        self._drop(ticket)
+
+    def _drop(self, ticket: Admission) -> None:
+        del self._queue[ticket]
+        self._impatient -= not ticket.is_patient
 
     def _wake(self, tickets: list[Admission], now: float) -> None:
         while tickets:
@@ -139,6 +167,27 @@ class AdaptiveGate:
             if not wake(ticket):  # its loop is closed: pass its place on
                 with self._lock:
                     tickets += self._remove(ticket, now)
+
+
+def _is_long(seconds: float) -> bool:
+    """Tell whether who has something else to do should do that; a wait for a place is none."""
+    return LONG_PAUSE_S < seconds < math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Impatient:
+    """A gate for those that have something else to do while the endpoint is down."""
+
+    gate: AdaptiveGate
+
+    def ask(self, now: float) -> Admission:
+        return self.gate.ask(now, is_patient=False)
+
+    def look(self, now: float) -> None:
+        self.gate.look(now)
+
+    def leave(self, ticket: Admission, now: float) -> None:
+        self.gate.leave(ticket, now)
 
 
 class Adaptive:
@@ -149,29 +198,36 @@ class Adaptive:
 
     Args:
         gate: Shared by all callers of one endpoint and key.
+        is_patient: Whether calls wait while the endpoint is down or has asked for a pause of more
+            than 2 s. With a fallback at hand they had better not.
 
     Raises:
-        CircuitOpenError: The endpoint has been down for longer than the gate's `max_outage_s`.
+        CircuitOpenError: The call was not made, because the endpoint is down: for longer than the
+            gate's `max_outage_s`, or at all where nobody waits.
     """
 
-    __slots__ = ("gate",)
+    __slots__ = ("_entrance", "gate", "is_patient")
 
     place: ClassVar[str] = "adaptive"
 
-    def __init__(self, gate: AdaptiveGate) -> None:
+    def __init__(self, gate: AdaptiveGate, *, is_patient: bool = True) -> None:
         self.gate = gate
+        self.is_patient = is_patient
+        self._entrance: Gate[Admission] = gate if is_patient else _Impatient(gate)
+
+    def __repr__(self) -> str:
+        return f"Adaptive(is_patient={self.is_patient})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), is_patient=self.is_patient), (self.gate,)
 
     async def handle(self, request: LMRequest, call_next: Next, io: Io) -> LMResponse:
         """Wait for a place, call, give the place back with the outcome."""
         is_sent = False
         try:
-            async with io.enter(self.gate) as ticket:
+            async with io.enter(self._entrance) as ticket:
                 if ticket.refused:
-                    raise CircuitOpenError(
-                        f"The endpoint has been down for more than {self.gate.max_outage_s:g} s; "
-                        "one call at a time goes on trying. Check its address and status page.",
-                        model=request.model,
-                    )
+                    raise self._refusal(request)
                 is_sent = True
                 try:
                     response = await call_next(request)
@@ -184,6 +240,16 @@ class Adaptive:
             if not is_sent:
                 error.add_note(NOT_SENT)
             raise
+
+    def _refusal(self, request: LMRequest) -> CircuitOpenError:
+        how = "is down or wants to be left alone"
+        if self.is_patient:
+            how = f"has been down for more than {self.gate.max_outage_s:g} s"
+        return CircuitOpenError(
+            f"{request.model}: the endpoint {how}; one call at a time goes on trying. Check its "
+            "address and status page.",
+            model=request.model,
+        )
 
     def _note(self, ticket: Admission, error: LMError) -> None:
         ticket.outcome, ticket.retry_after_s = outcome_of(error)

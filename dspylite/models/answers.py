@@ -5,11 +5,17 @@ Not here: failures (`models/translate.py`), and answers that come in pieces (`mo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspylite.errors import ContentFilterError, LMInvalidRequestError, LMServerError
 from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage
+
+# Open models write their thoughts like this where the server does not part them from the answer.
+_THOUGHTS = re.compile(
+    r"<(?P<tag>think|thinking)>(?P<thoughts>.*?)</(?P=tag)>(?P<text>.*)", re.DOTALL
+)
 
 
 def read_chat_response(answer: Any, *, model: str) -> LMResponse:
@@ -140,10 +146,14 @@ def _read_choice(choice: Any) -> LMOutput:
             text=_get(choice, "text") or "", finish_reason=_get(choice, "finish_reason")
         )
     calls = _get(message, "tool_calls") or ()
+    text = _get(message, "content") or ""
+    reasoning = _get(message, "reasoning_content") or _get(message, "reasoning")
+    if not reasoning and (found := _THOUGHTS.match(text)):
+        reasoning, text = found["thoughts"], found["text"]
     return LMOutput(
-        text=_get(message, "content") or "",
+        text=text,
         finish_reason=_get(choice, "finish_reason"),
-        reasoning=_get(message, "reasoning_content") or _get(message, "reasoning"),
+        reasoning=reasoning,
         tool_calls=tuple(as_mapping(call) for call in calls),
     )
 

@@ -194,6 +194,13 @@ class Attempt:
         self.is_over = False
 
 
+FAILURES_IN_A_ROW = 10
+"""So many failures with no success among them open a circuit; by chance that is one in a thousand
+where half of the calls fail."""
+MAX_COOL_DOWN_S = 15.0
+"""Longest time between probes by default; short, so that a long outage ends quickly. Guessed."""
+
+
 class Circuit:
     """The state of a breaker, for any number of threads; it knows the time from its arguments.
 
@@ -232,6 +239,7 @@ class Circuit:
         self._until = 0.0  # when the next probe may go, or when the one under way is lost
         self._last: Failure | None = None
         self._times_opened = 0
+        self._in_a_row = 0
 
     def begin(self, now: float) -> Attempt | float:
         """Let a call through, as the probe if it is time for one; else return seconds to wait."""
@@ -266,10 +274,13 @@ class Circuit:
             if attempt.is_probe:
                 self._judge(outcome, now)
             self._counts.add(now=now, failed=outcome == "failure")
+            self._in_a_row = self._in_a_row + 1 if outcome == "failure" else 0
             if outcome == "failure" and self._state == "closed":
                 successes, failures = self._counts.totals(now)
                 total = successes + failures
-                if total >= self._min_calls and failures >= self._failure_ratio * total:
+                is_ratio = total >= self._min_calls and failures >= self._failure_ratio * total
+                # A busy endpoint has so many successes in the window that the ratio comes late.
+                if is_ratio or self._in_a_row >= max(FAILURES_IN_A_ROW, self._min_calls):
                     self._times_opened += 1
                     self._open(now)
 
@@ -303,6 +314,7 @@ class Circuit:
             self._state = "closed"
             self._cool_down_s = self._first_cool_down_s
             self._counts = Counts(self._window_s)
+            self._in_a_row = 0
         else:
             self._cool_down_s = min(self._max_cool_down_s, 2 * self._cool_down_s)
             self._open(now)
@@ -319,14 +331,15 @@ class CircuitBreaker:
     """Leaves an endpoint alone for a while when too many of its calls fail.
 
     While the circuit is closed, calls go through and are counted. It opens when at least
-    `min_calls` ended within `window_s` and `failure_ratio` of them failed; then each call fails at
-    once with `CircuitOpenError`, which costs no time and lets a fallback answer. One call, the
-    probe, goes through after `cool_down_s`. If it is answered, the circuit closes and the count
-    starts afresh; if it fails, the endpoint is left alone for twice as long as before, at most
-    `max_cool_down_s`; if it says nothing about the endpoint or is cancelled, the next call is the
-    probe. A cool-down is never shorter than what the provider asked for by `Retry-After`, up to
-    `max_cool_down_s`. What counts as a failure is said at `outcome_of`. Calls that began before
-    the circuit changed its state say nothing about the new one.
+    `min_calls` ended within `window_s` and `failure_ratio` of them failed, or when 10 failed in a
+    row (or `min_calls`, if that is more); then each call fails at once with `CircuitOpenError`,
+    which costs no time and lets a fallback answer. One call, the probe, goes through after
+    `cool_down_s`. If it is answered, the circuit closes and the count starts afresh; if it fails,
+    the endpoint is left alone for twice as long as before, at most `max_cool_down_s`; if it says
+    nothing about the endpoint or is cancelled, the next call is the probe. A cool-down is never
+    shorter than what the provider asked for by `Retry-After`, up to `max_cool_down_s`. What counts
+    as a failure is said at `outcome_of`. Calls that began before the circuit changed its state say
+    nothing about the new one.
 
     A streamed answer counts as a success when it ends, or is closed after its first piece, and as a
     failure when it breaks; as the probe it closes the circuit by its first piece.
@@ -339,7 +352,7 @@ class CircuitBreaker:
         window_s: How long a call is counted, in seconds, exact to a tenth.
         min_calls: Calls that must have been counted before it opens.
         cool_down_s: Seconds from opening to the first probe.
-        max_cool_down_s: Longest time between probes, in seconds. None: 60, or `cool_down_s` where
+        max_cool_down_s: Longest time between probes, in seconds. None: 15, or `cool_down_s` where
             that is longer.
 
     Raises:
@@ -379,7 +392,9 @@ class CircuitBreaker:
                 raise LMConfigurationError(
                     f"`{name}` must be a positive number of seconds, not {seconds!r}."
                 )
-        longest_s = max(60.0, cool_down_s) if max_cool_down_s is None else max_cool_down_s
+        longest_s = (
+            max(MAX_COOL_DOWN_S, cool_down_s) if max_cool_down_s is None else max_cool_down_s
+        )
         if not (_is_positive(longest_s) and longest_s >= cool_down_s):
             raise LMConfigurationError(
                 f"`max_cool_down_s` must be at least `cool_down_s={cool_down_s}` seconds, not "

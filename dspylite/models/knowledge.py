@@ -1,7 +1,7 @@
 """What is known of a model by its name: what it can do, how much it reads, what it costs.
 
 From litellm's table, or, for calls that must not load litellm, from a small rule. Not here: the
-lookup in the table itself (`models/litellm.py`).
+lookup in the table itself (`models/litellm_door.py`).
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def was_sent(error: BaseException) -> bool:
     """Tell whether a request may have reached the endpoint before the call failed.
 
     Example:
+        >>> from dspylite.errors import LMError
         >>> was_sent(LMError("reset")), was_sent(OverloadedError("full"))
         (True, False)
     """

@@ -1,93 +1,34 @@
-"""The engine that reaches every provider through litellm. The only file that imports it.
+"""The engine that reaches every provider through litellm: chat, text, responses, embeddings.
 
-litellm's own retries are off: one request is one request. Not here: policies around a call
-(`models/middleware.py`), and what its errors mean (`models/translate.py`).
+litellm's own retries are off: one request is one request. Not here: how litellm is loaded
+(`models/litellm_door.py`), and its streams (`models/litellm_streams.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import math
-import os
-import sys
-import threading
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar, cast
-
-import anyio
-from anyio.lowlevel import current_token
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 from dspylite.abc import Engine
-from dspylite.errors import (
-    DeadlineExceededError,
-    LMConfigurationError,
-    LMTimeoutError,
-    MissingExtraError,
-)
+from dspylite.errors import LMConfigurationError, MissingExtraError
 from dspylite.models.answers import check_texts, read_chat_response, read_responses_answer
-from dspylite.models.deltas import Assembly
-from dspylite.models.knowledge import Knowledge, knowledge_of_row
-from dspylite.models.translate import secrets_of, shows_secret, translate_error
-from dspylite.runtime.bridge import call_in_thread, call_within, running_library
-from dspylite.runtime.clock import Deadline, deadline_error, time_left
-from dspylite.schema.messages import LMDelta, LMRequest, LMResponse, Message, Usage
-
-T = TypeVar("T")
+from dspylite.models.litellm_door import (
+    border,
+    in_time,
+    in_time_async,
+    load_litellm,
+    load_litellm_without_blocking,
+)
+from dspylite.models.litellm_streams import LiteLLMStream
+from dspylite.runtime.bridge import call_in_thread, running_library
+from dspylite.runtime.clock import time_left
+from dspylite.schema.messages import LMRequest, LMResponse, Message, Usage
 
 DEFAULT_TIMEOUT_S = 300.0
 """Longest wait for one answer unless the LM says otherwise; litellm's own default is 6,000 s."""
-
-_LOAD_LOCK = threading.Lock()  # guards the first import: litellm imports itself in circles
-_loaded: list[Any] = []
-
-
-def load_litellm() -> Any:
-    """Import litellm once, whatever thread asks first, and return the module.
-
-    It is told to use the price list it ships instead of fetching one over the network, unless the
-    user chose otherwise through `LITELLM_LOCAL_MODEL_COST_MAP`, and not to print advice.
-    """
-    if not _loaded:
-        with _LOAD_LOCK:
-            if not _loaded:
-                os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-                import litellm  # noqa: PLC0415  # costs seconds, so on the first call only
-
-                litellm.suppress_debug_info = True
-                _loaded.append(litellm)
-    return _loaded[0]
-
-
-@functools.lru_cache(maxsize=1024)
-def known_by_table(model: str) -> Knowledge:
-    """Look up in litellm's own table what is known of a model; never asks the network.
-
-    Nothing is known of models that are not in the table.
-    """
-    try:
-        row = load_litellm().get_model_info(model)
-    except Exception:  # noqa: BLE001  # an unknown model, whatever litellm raises for it
-        return Knowledge()
-    return knowledge_of_row(row)
-
-
-@contextmanager
-def border(arguments: Mapping[str, Any]) -> Generator[None, None, None]:
-    """Let every failure of the block leave as one of ours."""
-    handled = sys.exception()
-    try:
-        yield
-    except Exception as error:  # the border: what a provider's library raises is translated here
-        secrets = secrets_of(arguments)
-        ours = translate_error(error, model=arguments["model"], secrets=secrets, handled=handled)
-        if ours is error:
-            raise
-        # Causes are printed with the traceback; where one holds a key, none must be.
-        raise ours from (None if shows_secret(error, secrets) else error)
 
 
 def _arguments(request: LMRequest) -> dict[str, Any]:
@@ -107,35 +48,6 @@ def _common_arguments(model: str, params: Mapping[str, Any]) -> dict[str, Any]:
     if callable(key := arguments.get("api_key")):
         arguments["api_key"] = key()
     return arguments
-
-
-def in_time(model: str, fn: Callable[[], T]) -> T:
-    """Call litellm on this thread, or where the call has a deadline, beside it.
-
-    Its own time limits start anew with each byte, so only leaving it behind keeps a deadline.
-    """
-    left = time_left()
-    if left is None:
-        return fn()
-    try:
-        return call_within(left, fn)
-    except TimeoutError as error:
-        # An LMTimeoutError is one too, and says more.
-        raise error if isinstance(error, LMTimeoutError) else _late(model) from error
-
-
-async def in_time_async(model: str, fn: Callable[[], Awaitable[T]]) -> T:
-    """Await litellm, no longer than the deadline of the call allows."""
-    left = time_left()
-    if left is None:
-        return await fn()
-    with anyio.move_on_after(max(0.0, left)):
-        return await fn()
-    raise _late(model)
-
-
-def _late(model: str) -> DeadlineExceededError:
-    return deadline_error(f"{model} was asked")
 
 
 class _Call(Protocol):
@@ -175,7 +87,7 @@ class _LiteLLM:
             return await call_in_thread(cast("Engine", self).call, request)
         arguments = self.arguments(request)
         with border(arguments):
-            send = getattr(await _load_without_blocking(), f"a{self.name}")
+            send = getattr(await load_litellm_without_blocking(), f"a{self.name}")
             answer = await in_time_async(request.model, lambda: send(**arguments))
             return self.read(answer, request)
 
@@ -317,7 +229,7 @@ class LiteLLMEmbedding:
             return await call_in_thread(self.call, texts)
         arguments = self._arguments()
         with border(arguments):
-            litellm = await _load_without_blocking()
+            litellm = await load_litellm_without_blocking()
             return _read_rows(
                 await in_time_async(
                     self.model, lambda: litellm.aembedding(input=list(texts), **arguments)
@@ -328,132 +240,7 @@ class LiteLLMEmbedding:
         return _common_arguments(self.model, self.params) | {"max_retries": _NoRetries()}
 
 
-async def _load_without_blocking() -> Any:
-    return _loaded[0] if _loaded else await call_in_thread(load_litellm)
-
-
 def _read_rows(answer: Any) -> tuple[list[Any], Usage]:
     rows = [row if isinstance(row, Mapping) else dict(row) for row in answer.data or ()]
     usage = answer.usage.model_dump() if answer.usage is not None else {}
     return rows, Usage.from_provider(usage)
-
-
-class LiteLLMStream:
-    """A stream of litellm's: a `DeltaSource` over its wrapper.
-
-    litellm makes a finish reason up where a stream ends without one, so the wrapper is asked
-    whether the provider had sent any.
-    """
-
-    def __init__(self, wrapper: Any, *, model: str, params: Mapping[str, Any]) -> None:
-        self._wrapper: Any = wrapper
-        self._arguments = {**params, "model": model}
-        self._model = model
-        self._assembly = Assembly(model=model)
-        self._ready: list[LMDelta] = []
-        self._is_over = False
-        self._loop = current_token().native_token if running_library() == "asyncio" else None
-        left = time_left()
-        self._ends_at = None if left is None else time.monotonic() + left
-
-    def call(self) -> LMDelta | None:
-        """Wait on this thread for the next piece; None at the proper end."""
-        with self._guard(), Deadline(self._left()):
-            while not self._ready and not self._is_over:
-                self._take(in_time(self._model, lambda: next(self._wrapper, None)))
-        return self._ready.pop(0) if self._ready else None
-
-    async def acall(self) -> LMDelta | None:
-        """Await the next piece on this event loop; None at the proper end."""
-        if not hasattr(self._wrapper, "__anext__") or running_library() != "asyncio":
-            return await call_in_thread(self.call)
-        with self._guard(), Deadline(self._left()):
-            while not self._ready and not self._is_over:
-                self._take(await in_time_async(self._model, lambda: anext(self._wrapper, None)))
-        return self._ready.pop(0) if self._ready else None
-
-    def close(self) -> None:
-        """Close the connection; nothing happens where it is closed."""
-        self._is_over = True
-        stream, self._wrapper = self._wrapper, None
-        _close_connection(stream, self._loop)
-
-    @property
-    def response(self) -> LMResponse:
-        """All pieces so far as one answer."""
-        return self._assembly.response
-
-    def _left(self) -> float | None:
-        return None if self._ends_at is None else max(1e-3, self._ends_at - time.monotonic())
-
-    @contextmanager
-    def _guard(self) -> Generator[None, None, None]:
-        try:
-            with border(self._arguments):
-                yield
-        except BaseException:
-            self.close()
-            raise
-
-    def _take(self, chunk: Any) -> None:
-        if chunk is not None:
-            self._ready += self._real(self._assembly.add(chunk))
-            return
-        self._is_over = True
-        if self._wrapper is not None and _was_cut(self._wrapper):
-            self._assembly.forget_ends()
-        else:
-            self._assembly.is_ended = True  # of several answers, litellm tells the end of one
-        self._assembly.finish()
-        self.close()
-
-    def _real(self, deltas: list[LMDelta]) -> list[LMDelta]:
-        return [delta for delta in deltas if not (delta.finish_reason and _was_cut(self._wrapper))]
-
-
-def _was_cut(wrapper: Any) -> bool:
-    """Tell whether the provider has sent no finish reason; True while it has not yet."""
-    reasons = (
-        getattr(wrapper, name, "unknown")
-        for name in ("received_finish_reason", "intermittent_finish_reason")
-    )
-    return all(reason is None for reason in reasons)
-
-
-def _close_connection(wrapper: Any, loop: Any) -> None:
-    """Close the HTTP answer below litellm's wrapper and the SDK's stream in it."""
-    inner: Any = getattr(wrapper, "completion_stream", None)
-    response: Any = getattr(inner, "response", None)
-    for holder in (response, inner):
-        if not hasattr(holder, "close"):
-            continue
-        try:
-            closing = holder.close()
-        except Exception:  # noqa: BLE001  # the async forms refuse it; else it is given up
-            closing = holder.aclose() if hasattr(holder, "aclose") else None
-        if inspect.iscoroutine(closing):
-            _finish_on(loop, closing)
-        return
-
-
-_closing: set[Any] = set()  # a loop itself does not keep its tasks
-
-
-def _finish_on(loop: Any, closing: Coroutine[Any, Any, Any]) -> None:
-    """Let an event loop close what only it can; whoever has called does not wait for that."""
-
-    async def close_quietly() -> None:
-        try:
-            await closing
-        except Exception:  # noqa: BLE001  # it is given up; nobody needs to know how
-            pass
-
-    def start() -> None:
-        task = loop.create_task(close_quietly())
-        _closing.add(task)
-        task.add_done_callback(_closing.discard)
-
-    try:
-        loop.call_soon_threadsafe(start)
-    except (AttributeError, RuntimeError):  # there is no loop, or it is closed with all it had
-        closing.close()

@@ -19,7 +19,7 @@ from dspylite.models.knowledge import (
     checked_capabilities,
     known_without_table,
 )
-from dspylite.models.litellm import known_by_table
+from dspylite.models.litellm_door import known_by_table
 from dspylite.models.offline.engine import OFFLINE_MODEL, OFFLINE_PREFIX, OfflineEngine
 from dspylite.runtime.bridge import call_in_thread, running_library
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow

@@ -100,16 +100,21 @@ def outcome_of(error: BaseException) -> tuple[Outcome, float | None]:
 class Admission:
     """A ticket of `AdaptiveGate`; its holder sets `outcome` and `retry_after_s` before it leaves.
 
+    Args:
+        is_patient: Whether the holder waits while the endpoint is down; one that has a fallback
+            does not.
+
     Attributes:
-        refused: The endpoint has been down for so long that the holder must not call at all.
+        refused: The holder must not call at all.
     """
 
     __slots__ = (
-        "gone", "granted", "granted_at", "is_probe", "look_again_at", "outcome", "refused",
-        "retry_after_s", "wake",
+        "gone", "granted", "granted_at", "is_patient", "is_probe", "look_again_at", "outcome",
+        "refused", "retry_after_s", "wake",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_patient: bool = True) -> None:
+        self.is_patient = is_patient
         self.granted = self.gone = self.is_probe = self.refused = False
         self.granted_at = 0.0
         self.look_again_at: float | None = None

@@ -11,7 +11,7 @@ from typing import Any, Self, TypedDict
 
 from dspylite.abc import LanguageModel, Middleware
 from dspylite.errors import LMConfigurationError
-from dspylite.models.adaptive import Adaptive, AdaptiveGate
+from dspylite.models.adaptive import LONG_PAUSE_S, Adaptive, AdaptiveGate
 from dspylite.models.breaker import CircuitBreaker
 from dspylite.models.endpoints import shared
 from dspylite.models.fallback import Fallback, checked_errors
@@ -22,15 +22,15 @@ from dspylite.models.retry import Retry, RetryBudget
 
 DEFAULT_RETRIES = 3
 """DSPy's value."""
+DEFAULT_MAX_WAIT_S = 30.0
 DEFAULT_PATIENCE_S = 120.0
 """How long overload is waited out: twice a rate limit's minute."""
-_QUICK_PAUSE_S = 30.0  # must match the longest wait of `Retry`, which would do no more
 
 
 class PolicyOptions(TypedDict, total=False):
     """The parameters of `LM` that choose its policies; must match the fields of `Policies`."""
 
-    max_retry_wait_s: float
+    max_retry_wait_s: float | None
     patience_s: float | None
     max_concurrency: int | None
     max_queue: int | None
@@ -50,7 +50,8 @@ class Policies:
     Attributes:
         num_retries: Further attempts after a failure that may pass. None: 3, and overload is waited
             out.
-        max_retry_wait_s: Longest wait between two attempts, in seconds.
+        max_retry_wait_s: Longest wait between two attempts, in seconds. None: 30, but 2 where a
+            fallback could answer meanwhile.
         patience_s: How long overload and outage are waited out, in seconds. None: 120, but 0 where
             `num_retries` is given or there are fallbacks.
         max_concurrency: Most requests at once to this endpoint with this key.
@@ -67,7 +68,7 @@ class Policies:
     """
 
     num_retries: int | None = None
-    max_retry_wait_s: float = 30.0
+    max_retry_wait_s: float | None = None
     patience_s: float | None = None
     max_concurrency: int | None = None
     max_queue: int | None = None
@@ -133,8 +134,8 @@ class Policies:
             key = ("concurrency", endpoint, limit, self.max_queue)
             own.append(shared(key, lambda: MaxConcurrency(limit, max_queue=self.max_queue)))
         if is_remote if self.adaptive is None else self.adaptive:
-            is_quick = has_fallback or has_breaker or "breaker" in taken
-            own.append(self._gate(endpoint, is_quick=is_quick))
+            is_patient = not (has_fallback or has_breaker or "breaker" in taken)
+            own.append(self._gate(endpoint, is_patient=is_patient))
         return in_order([*given, *(policy for policy in own if place_of(policy) not in taken)])
 
     def _retry(self, endpoint: Hashable, *, has_fallback: bool) -> Retry:
@@ -142,28 +143,24 @@ class Policies:
         patience_s = self.patience_s
         if patience_s is None:
             patience_s = 0.0 if is_quick else DEFAULT_PATIENCE_S
+        max_wait_s = self.max_retry_wait_s
+        if max_wait_s is None:
+            max_wait_s = LONG_PAUSE_S if has_fallback else DEFAULT_MAX_WAIT_S
         return Retry(
             max_retries=self.retries,
-            max_wait_s=self.max_retry_wait_s,
+            max_wait_s=max_wait_s,
             patience_s=patience_s if self.retries else 0.0,
             budget=shared(("retry", endpoint), RetryBudget),
         )
 
     @staticmethod
-    def _gate(endpoint: Hashable, *, is_quick: bool) -> Adaptive:
-        if is_quick:
-            # Nobody stands in line for an endpoint that is down while something else can be done.
-            return Adaptive(shared(("quick gate", endpoint), _quick_gate))
-        return Adaptive(shared(("adaptive", endpoint), AdaptiveGate))
+    def _gate(endpoint: Hashable, *, is_patient: bool) -> Adaptive:
+        return Adaptive(shared(("adaptive", endpoint), AdaptiveGate), is_patient=is_patient)
 
     def _breaker(self, endpoint: Hashable, model: str) -> CircuitBreaker:
         if isinstance(self.circuit_breaker, CircuitBreaker):
             return self.circuit_breaker
         return shared(("breaker", endpoint, model), CircuitBreaker)
-
-
-def _quick_gate() -> AdaptiveGate:
-    return AdaptiveGate(max_pause_s=_QUICK_PAUSE_S, max_outage_s=0.0)
 
 
 POLICY_NAMES = frozenset(each.name for each in fields(Policies)) - {"num_retries"}

@@ -55,7 +55,7 @@ def head_of(
 
     Example:
         >>> head_of("GET", "/v1", host="x", port=80, headers={"accept": "*/*"}, body=None)
-        b'GET /v1/models HTTP/1.1\r\nhost: localhost:8000\r\naccept: */*\r\n\r\n'
+        b'GET /v1 HTTP/1.1\r\nhost: x\r\naccept: */*\r\n\r\n'
     """
     where = f"[{host}]" if ":" in host else host
     if port is not None and port not in _DEFAULT_PORTS:
