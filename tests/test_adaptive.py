@@ -626,6 +626,21 @@ def test_a_long_pause_refuses_who_has_a_fallback_and_a_short_one_does_not() -> N
         assert gate.ask(0.1, is_patient=False).refused is is_refused
 
 
+def test_an_endpoint_that_nobody_called_for_a_while_is_met_anew() -> None:
+    """While a breaker was open nothing was learnt, and one place would be a slow return."""
+    gate = AdaptiveGate()
+    for _ in range(6):
+        for ticket in full(gate, 0.0):
+            ticket.outcome = "unavailable"
+            gate.leave(ticket, 0.0)
+    assert gate.control.limit < 2
+    (ticket,) = enter(gate, 1.0)
+    leave(gate, ticket, 1.0)
+    assert gate.control.limit < 2
+    (ticket,) = enter(gate, 4.0)
+    assert gate.control.limit == 4
+
+
 def test_callers_are_let_in_first_come_first_served() -> None:
     """Nobody starves, whatever the others do."""
     gate = AdaptiveGate()

@@ -197,8 +197,9 @@ class Attempt:
 FAILURES_IN_A_ROW = 10
 """So many failures with no success among them open a circuit; by chance that is one in a thousand
 where half of the calls fail."""
-MAX_COOL_DOWN_S = 15.0
-"""Longest time between probes by default; short, so that a long outage ends quickly. Guessed."""
+MAX_COOL_DOWN_S = 5.0
+"""Longest time between probes by default: a few in a minute cost nobody much, and a long outage
+ends quickly. Guessed."""
 
 
 class Circuit:
@@ -335,11 +336,11 @@ class CircuitBreaker:
     row (or `min_calls`, if that is more); then each call fails at once with `CircuitOpenError`,
     which costs no time and lets a fallback answer. One call, the probe, goes through after
     `cool_down_s`. If it is answered, the circuit closes and the count starts afresh; if it fails,
-    the endpoint is left alone for twice as long as before, at most `max_cool_down_s`; if it says
-    nothing about the endpoint or is cancelled, the next call is the probe. A cool-down is never
-    shorter than what the provider asked for by `Retry-After`, up to `max_cool_down_s`. What counts
-    as a failure is said at `outcome_of`. Calls that began before the circuit changed its state say
-    nothing about the new one.
+    the endpoint is left alone for twice as long as before, at most `max_cool_down_s`, which is as
+    long as before unless it is given; if it says nothing about the endpoint or is cancelled, the
+    next call is the probe. A cool-down is never shorter than what the provider asked for by
+    `Retry-After`, up to `max_cool_down_s`. What counts as a failure is said at `outcome_of`. Calls
+    that began before the circuit changed its state say nothing about the new one.
 
     A streamed answer counts as a success when it ends, or is closed after its first piece, and as a
     failure when it breaks; as the probe it closes the circuit by its first piece.
@@ -352,7 +353,7 @@ class CircuitBreaker:
         window_s: How long a call is counted, in seconds, exact to a tenth.
         min_calls: Calls that must have been counted before it opens.
         cool_down_s: Seconds from opening to the first probe.
-        max_cool_down_s: Longest time between probes, in seconds. None: 15, or `cool_down_s` where
+        max_cool_down_s: Longest time between probes, in seconds. None: 5, or `cool_down_s` where
             that is longer.
 
     Raises:

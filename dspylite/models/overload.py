@@ -40,6 +40,9 @@ _FAILURES = 4  # that make a share worth a verdict
 _SUSPICIOUS = 0.035  # share of failures in the long run that cuts keep below where they help
 _CALM_S = 30.0  # without a cut, after which single failures are chance again
 _RUN = 20  # failures in a row after which an endpoint counts as down
+_IDLE_S = (
+    2.0  # nobody called, as while a breaker is open; TCP restarts after idleness too, RFC 5681
+)
 _PROBE_S = (0.25, 1.6)  # first and longest time between probes; with jitter at most 2 s
 
 
@@ -190,6 +193,9 @@ class Control:
 
     def admit(self, ticket: Admission, now: float) -> None:
         """Count a caller in."""
+        is_idle = not self.inside and self.limit < _START and self.down_since is None
+        if is_idle and now - self._admitted_at > _IDLE_S:
+            self._recover(now)  # what was learnt so long ago says nothing about now
         self.inside += 1
         self._sent += 1
         ticket.granted = True
@@ -365,6 +371,7 @@ class Control:
         return True
 
     def _recover(self, now: float) -> None:
+        """Start as with an endpoint that is not known; what is known of its rate stays."""
         self.down_since = None
         self.limit = self.limit_top = _START
         self._begin(now, low=False)
