@@ -620,14 +620,14 @@ def test_the_server_never_sees_more_than_the_limit(server: FakeServer) -> None:
 def test_a_queue_that_threads_race_for_is_exact() -> None:
     """Looking at its length first and joining it afterwards would let too many in (B 4.5)."""
     for _ in range(20):
-        places, barrier = QueuePlaces(2, Slow(100)), threading.Barrier(8)
+        places, barrier = QueuePlaces(2), threading.Barrier(8)
 
         def race(_: int, places: QueuePlaces, barrier: threading.Barrier) -> int:
             refused = 0
             barrier.wait(10)
             for _ in range(50):
                 try:
-                    places.ask(0)
+                    places.ask_within(0, Slow(100))
                 except OverloadedError:
                     refused += 1
             return refused

@@ -91,7 +91,7 @@ CHAINS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "not adaptive": ({"adaptive": False}, ["retry"]),
     "rpm": ({"rpm": 60}, ["retry", "rate", "adaptive"]),
     "tpm": ({"tpm": 60}, ["retry", "rate", "adaptive"]),
-    "both rates": ({"rpm": 6, "tpm": 60}, ["retry", "rate", "adaptive"]),
+    "both rates": ({"rpm": 6, "tpm": 60}, ["retry", "rate", "rate", "adaptive"]),
     "concurrency": ({"max_concurrency": 2}, ["retry", "concurrency", "adaptive"]),
     "breaker": ({"circuit_breaker": True}, ["retry", "breaker", "adaptive"]),
     "own breaker": ({"circuit_breaker": CircuitBreaker()}, ["retry", "breaker", "adaptive"]),
@@ -580,7 +580,8 @@ def test_a_copy_of_a_used_lm_has_all_its_policies(way: str, server: FakeServer) 
     assert (retry.max_retries, retry.max_wait_s, retry.patience_s) == (2, 3.0, 4.0)
     limit = policy_of(twin, "concurrency")
     assert (limit.limit, limit.max_queue) == (5, 6)
-    assert policy_of(twin, "rate").rpm == 700
+    rates = [policy for policy in twin.middleware if place_of(policy) == "rate"]
+    assert [(rate.rpm, rate.tpm) for rate in rates] == [(700, None), (None, 80_000)]
     assert policy_of(twin, "breaker").min_calls == 9
     assert policy_of(twin, "fallback").on == (LMServerError, LMRateLimitError)
     server.clear()

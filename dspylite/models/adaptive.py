@@ -19,15 +19,18 @@ from dspylite.errors import (
     CircuitOpenError,
     DeadlineExceededError,
     LMError,
+    LMTimeoutError,
     LMTransportError,
 )
 from dspylite.models.limits import NOT_SENT
 from dspylite.models.overload import Admission, Control, outcome_of
 from dspylite.models.retry import uniform
+from dspylite.runtime.clock import CLOCK
 from dspylite.runtime.forks import watch_forks
 from dspylite.runtime.gates import wake
 from dspylite.schema.messages import LMRequest, LMResponse
 
+_TIMEOUTS = 3.0  # a timeout below so many usual answers is the caller's haste; guessed
 LONG_PAUSE_S = 2.0
 """Longest time that a caller with a fallback stands in line for an endpoint; guessed."""
 
@@ -252,8 +255,10 @@ class Adaptive:
         )
 
     def _note(self, ticket: Admission, error: LMError) -> None:
-        ticket.outcome, ticket.retry_after_s = outcome_of(error)
         control = self.gate.control
+        if self._is_hasty(ticket, error):
+            return
+        ticket.outcome, ticket.retry_after_s = outcome_of(error)
         if error.status is not None:
             control.has_answered = True
         elif ticket.outcome == "unavailable":
@@ -262,3 +267,10 @@ class Adaptive:
             else:  # one late answer is none; in the middle of an outage it is part of it
                 is_down = control.down_since is not None
                 error.is_outage = is_down or isinstance(error, LMTransportError)
+
+    def _is_hasty(self, ticket: Admission, error: LMError) -> bool:
+        """Tell whether a caller gave up so soon that it says nothing of the endpoint."""
+        usual_s = self.gate.control.usual_s
+        if usual_s is None or error.status is not None or not isinstance(error, LMTimeoutError):
+            return False
+        return CLOCK.get().now() - ticket.granted_at < _TIMEOUTS * usual_s

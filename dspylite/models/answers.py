@@ -6,7 +6,8 @@ Not here: failures (`models/translate.py`), and answers that come in pieces (`mo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from dspylite.errors import ContentFilterError, LMInvalidRequestError, LMServerError
@@ -26,12 +27,16 @@ def read_chat_response(answer: Any, *, model: str) -> LMResponse:
         ContentFilterError: The provider's policy left nothing of the answer.
     """
     choices = _get(answer, "choices") or []
-    request_id = _get(answer, "id")
+    given_id = _get(answer, "id")
+    request_id = given_id if isinstance(given_id, str) else None
     if not choices:
         raise LMServerError(
             f"{model}: the answer has no choices.", model=model, request_id=request_id
         )
-    outputs = tuple(_read_choice(choice) for choice in choices)
+    with known_shape(model, request_id):
+        if not isinstance(choices, list | tuple):
+            raise TypeError("`choices` is no list")
+        outputs = tuple(_read_choice(choice) for choice in choices)
     if error := answer_error(outputs, model=model, request_id=request_id):
         raise error
     usage = _get(answer, "usage")
@@ -41,6 +46,51 @@ def read_chat_response(answer: Any, *, model: str) -> LMResponse:
         model=_get(answer, "model") or model,
         request_id=request_id,
     )
+
+
+@contextmanager
+def known_shape(model: str, request_id: str | None) -> Generator[None, None, None]:
+    """Let an answer of a shape that nobody foresaw be a failure of its server.
+
+    Raises:
+        LMServerError: The block met a value of another kind than it reads.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise LMServerError(
+            f"{model}: the answer has a shape that cannot be read: {error}.",
+            model=model,
+            request_id=request_id,
+        ) from error
+
+
+def text_of(content: Any) -> str:
+    """Return the text of a content, which may be a text, a list of parts, or nothing.
+
+    Raises:
+        TypeError: It is something else.
+
+    Example:
+        >>> text_of([{"type": "text", "text": "Pa"}, {"type": "text", "text": "ris"}])
+        'Paris'
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list):
+        return "".join(str(as_mapping(part).get("text") or "") for part in content)
+    raise TypeError(f"a content is neither text nor parts but {type(content).__name__}")
+
+
+def split_thoughts(text: str) -> tuple[str | None, str]:
+    """Part the thoughts that open models write in tags from the answer behind them.
+
+    Example:
+        >>> split_thoughts("<think>hm</think>4"), split_thoughts("4")
+        (('hm', '4'), (None, '4'))
+    """
+    found = _THOUGHTS.match(text)
+    return (None, text) if found is None else (found["thoughts"], found["text"])
 
 
 def read_responses_answer(answer: Any, *, model: str) -> LMResponse:
@@ -101,7 +151,7 @@ def check_texts(messages: Sequence[Message], model: str) -> None:
         LMInvalidRequestError: It holds half of a surrogate pair.
     """
     for message in messages:
-        content = message["content"]
+        content = message.get("content")
         texts = [content] if isinstance(content, str) else _parts_texts(content)
         for text in texts:
             if not text.isascii():
@@ -140,22 +190,31 @@ def answer_error(
 
 
 def _read_choice(choice: Any) -> LMOutput:
+    if isinstance(choice, str | int | float | list):
+        raise TypeError(f"a choice is {choice!r:.80}")
     message = _get(choice, "message")
     if message is None:  # a text completion
         return LMOutput(
             text=_get(choice, "text") or "", finish_reason=_get(choice, "finish_reason")
         )
     calls = _get(message, "tool_calls") or ()
-    text = _get(message, "content") or ""
+    text = text_of(_get(message, "content"))
     reasoning = _get(message, "reasoning_content") or _get(message, "reasoning")
-    if not reasoning and (found := _THOUGHTS.match(text)):
-        reasoning, text = found["thoughts"], found["text"]
+    if not reasoning:
+        reasoning, text = split_thoughts(text)
     return LMOutput(
         text=text,
         finish_reason=_get(choice, "finish_reason"),
         reasoning=reasoning,
-        tool_calls=tuple(as_mapping(call) for call in calls),
+        tool_calls=tuple(_tool_call(call) for call in calls),
     )
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    found = as_mapping(call)
+    if not found:
+        raise TypeError(f"a tool call is {call!r:.80}")
+    return found
 
 
 def _get(holder: Any, name: str) -> Any:
@@ -167,8 +226,8 @@ def _get(holder: Any, name: str) -> Any:
 
 def as_mapping(value: Any) -> dict[str, Any]:
     """Return a dict of what a provider's library gives as a dict or as an object."""
-    if value is None:
-        return {}
+    if value is None or isinstance(value, str | bytes | int | float | list | tuple):
+        return {}  # no object at all
     if isinstance(value, Mapping):
         return dict(value)
     if callable(getattr(value, "model_dump", None)):

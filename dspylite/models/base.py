@@ -5,8 +5,6 @@ Not here: the engines, and the policies of the chain (`models/middleware.py`).
 
 from __future__ import annotations
 
-import re
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +17,7 @@ from dspylite.models.breaker import CircuitBreaker, Health
 from dspylite.models.endpoints import endpoint_id
 from dspylite.models.knowledge import Price, checked_price
 from dspylite.models.middleware import chain, failed_attempt, successful_attempt
+from dspylite.models.parameters import check_params, without_userinfo
 from dspylite.models.policies import POLICY_NAMES, Policies
 from dspylite.models.streams import LMStream, WatchedStream
 from dspylite.runtime.bridge import call_in_thread
@@ -42,6 +41,9 @@ from dspylite.schema.messages import (
 ModelType = Literal["chat", "text", "responses"]
 
 _POLICY_CHANGES = POLICY_NAMES | {"num_retries"}
+_OF_THE_LM = sorted(_POLICY_CHANGES | {"engine", "price", "capabilities", "model_type"})
+_NOT_SENT = frozenset({"cache", "rollout_id"})  # they tell calls apart, and are not the provider's
+_ENDPOINT = ("api_key", "api_base", "base_url")
 
 GLOBAL_HISTORY = History()
 """The last calls of all LMs of this process."""
@@ -89,7 +91,7 @@ class BaseLM:
             raise LMConfigurationError(
                 f"`model` must name a model, such as 'openai/gpt-4o-mini', not {model!r}."
             )
-        check_numbers(temperature=temperature, max_tokens=max_tokens, timeout=kwargs.get("timeout"))
+        check_params({**kwargs, "temperature": temperature, "max_tokens": max_tokens})
         self.model = model
         self.model_type = model_type
         self.cache = cache
@@ -106,11 +108,11 @@ class BaseLM:
 
     def _start(self) -> None:
         """Make what an LM has in this process only."""
-        self.middleware = self._build_middleware()
+        self.middleware = self._build_middleware(self.kwargs)
         self._handlers: dict[Io, tuple[tuple[Middleware, ...], Engine, Next]] = {}
 
-    def _build_middleware(self) -> tuple[Middleware, ...]:
-        endpoint = endpoint_id(self.model, self.kwargs)
+    def _build_middleware(self, params: Mapping[str, Any]) -> tuple[Middleware, ...]:
+        endpoint = endpoint_id(self.model, params)
         return self.policies.build(endpoint, self.model, is_remote=self.is_remote)
 
     @property
@@ -190,7 +192,13 @@ class BaseLM:
         Raises:
             LMError: The call failed and the chain gave up.
         """
-        merged = {k: v for k, v in {**self.kwargs, **params}.items() if v is not None}
+        if params:
+            _check_call(params)
+        merged = {
+            name: value
+            for name, value in {**self.kwargs, **params}.items()
+            if value is not None and name not in _NOT_SENT
+        }
         deadline_s = merged.pop("deadline_s", None)
         messages = self._as_sent(messages)
         request = LMRequest(
@@ -208,7 +216,7 @@ class BaseLM:
             Observed("lm", self, {"messages": messages, **without_secrets(params)}) as call,
         ):
             started = io.now()
-            response = await self._handler(io)(request)
+            response = await self._handler(io, request)(request)
             if response.stream is not None:
                 call.leave_open()
                 return replace(response, stream=_RecordedStream(response, record, call, io))
@@ -216,8 +224,11 @@ class BaseLM:
             call.outputs = _plain_outputs(response)
         return response
 
-    def _handler(self, io: Io) -> Next:
+    def _handler(self, io: Io, request: LMRequest) -> Next:
         """Return the chain around the engine; kept, because it is the same for all calls."""
+        if any(name in request.asked for name in _ENDPOINT):
+            # Another tenant or endpoint has limits and troubles of its own.
+            return chain(self._build_middleware(request.params), self.engine, io)
         engine, kept = self.engine, self._handlers.get(io)
         if kept is not None and kept[0] is self.middleware and kept[1] is engine:
             return kept[2]
@@ -326,6 +337,7 @@ class BaseLM:
             else:
                 merged[name] = value
         twin.kwargs = {k: v for k, v in merged.items() if v is not None}
+        check_params(twin.kwargs)
         twin.policies = self.policies.with_changes(policies)
         twin._start()  # noqa: SLF001  # ours
         return twin
@@ -348,11 +360,26 @@ class BaseLM:
 
     def __repr__(self) -> str:
         shown = {
-            name: "..." if is_secret(name) else _without_userinfo(value)
+            name: "..." if is_secret(name) else without_userinfo(value)
             for name, value in self.kwargs.items()
         }
         inside = "".join(f", {name}={value!r}" for name, value in shown.items())
         return f"{type(self).__name__}({self.model!r}{inside})"
+
+
+def _check_call(params: Mapping[str, Any]) -> None:
+    """Refuse what a single call cannot change, and what no request could be made with.
+
+    Raises:
+        LMConfigurationError: There is such a parameter.
+    """
+    for name in _OF_THE_LM:
+        if name in params:
+            raise LMConfigurationError(
+                f"`{name}` belongs to the LM and not to a call: write "
+                f"`lm.copy({name}={params[name]!r})(...)`."
+            )
+    check_params(params)
 
 
 def _own_copy(value: Any) -> Any:
@@ -362,11 +389,6 @@ def _own_copy(value: Any) -> Any:
     if isinstance(value, list):
         return [_own_copy(item) for item in value]
     return value
-
-
-def _without_userinfo(value: Any) -> Any:
-    """Hide `user:password@` of a URL."""
-    return re.sub(r"://[^/@\s]+@", "://...@", value) if isinstance(value, str) else value
 
 
 class _Forward:
@@ -502,36 +524,3 @@ def _plain_output(output: LMOutput) -> str | dict[str, Any]:
     if output.tool_calls:
         plain["tool_calls"] = [dict(call) for call in output.tool_calls]
     return plain
-
-
-def check_url(url: Any) -> None:
-    """Refuse an endpoint that no request can be sent to; None is the provider's own.
-
-    Raises:
-        LMConfigurationError: It is no http or https URL with a host.
-    """
-    if url is None:
-        return
-    try:
-        parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
-    except ValueError:  # such as an unclosed bracket
-        parts = None
-    if parts is None or parts.scheme not in {"http", "https"} or not parts.netloc:
-        raise LMConfigurationError(
-            f"`api_base` must be a URL such as 'http://localhost:8000/v1', not {url!r}."
-        )
-
-
-def check_numbers(**numbers: Any) -> None:
-    """Refuse parameters that no provider could take; None is not given.
-
-    Raises:
-        LMConfigurationError: One is no number, or too small.
-    """
-    for name, value in numbers.items():
-        if value is None:
-            continue
-        least = 0 if name == "temperature" else 1e-9
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-            bound = "0 or more" if name == "temperature" else "more than 0"
-            raise LMConfigurationError(f"`{name}` must be a number of {bound}, not {value!r}.")

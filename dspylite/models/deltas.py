@@ -10,7 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dspylite.errors import LMError, LMServerError
-from dspylite.models.answers import answer_error, as_mapping
+from dspylite.models.answers import (
+    answer_error,
+    as_mapping,
+    known_shape,
+    split_thoughts,
+    text_of,
+)
 from dspylite.models.translate import error_of_answer, status_of_error
 from dspylite.schema.messages import LMDelta, LMOutput, LMResponse, Usage
 
@@ -23,28 +29,56 @@ class _Choice:
     def __init__(self) -> None:
         self.text: list[str] = []
         self.reasoning: list[str] = []
-        self.calls: dict[int, dict[str, Any]] = {}
+        self.calls: dict[int, _Call] = {}
         self.finish_reason: str | None = None
 
-    def add_call(self, piece: Mapping[str, Any], position: int) -> None:
+    def add_call(self, piece: Mapping[str, Any]) -> None:
+        self.calls.setdefault(self._slot(piece), _Call()).add(piece)
+
+    def _slot(self, piece: Mapping[str, Any]) -> int:
+        """Return which call a piece belongs to; without an index, a new id begins a new call."""
         index = piece.get("index")
-        call = self.calls.setdefault(
-            index if isinstance(index, int) else position,
-            {"id": None, "type": "function", "function": {"name": "", "arguments": ""}},
-        )
-        if piece.get("id"):
-            call["id"] = piece["id"]
-        function = as_mapping(piece.get("function"))
-        call["function"]["name"] += function.get("name") or ""
-        call["function"]["arguments"] += function.get("arguments") or ""
+        if isinstance(index, int):
+            return index
+        if not self.calls:
+            return 0
+        last = max(self.calls)
+        is_new = piece.get("id") and piece["id"] != self.calls[last].id
+        return last + 1 if is_new else last
 
     def output(self) -> LMOutput:
+        text, reasoning = "".join(self.text), "".join(self.reasoning) or None
+        if reasoning is None:
+            reasoning, text = split_thoughts(text)
         return LMOutput(
-            text="".join(self.text),
+            text=text,
             finish_reason=self.finish_reason,
-            reasoning="".join(self.reasoning) or None,
-            tool_calls=tuple(self.calls[index] for index in sorted(self.calls)),
+            reasoning=reasoning,
+            tool_calls=tuple(self.calls[index].whole() for index in sorted(self.calls)),
         )
+
+
+class _Call:
+    """A tool call, as far as it has come."""
+
+    def __init__(self) -> None:
+        self.id: Any = None
+        self.name = ""
+        self.arguments: list[str] = []
+
+    def add(self, piece: Mapping[str, Any]) -> None:
+        self.id = piece.get("id") or self.id
+        function = as_mapping(piece.get("function"))
+        name, arguments = function.get("name") or "", function.get("arguments") or ""
+        if not (isinstance(name, str) and isinstance(arguments, str)):
+            raise TypeError("a tool call's name or arguments are no text")
+        if name != self.name:  # some servers repeat it in each piece
+            self.name += name
+        self.arguments.append(arguments)
+
+    def whole(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 class Assembly:
@@ -85,7 +119,8 @@ class Assembly:
             raise self._broken("an event is no JSON object")
         if chunk.get("error"):
             raise self._error_event(chunk["error"], data)
-        return self.add(chunk)
+        with known_shape(self._model, self._request_id):
+            return self.add(chunk)
 
     def add(self, chunk: Any) -> list[LMDelta]:
         """Take one chunk in OpenAI's form, a dict or an object, and return what it adds."""
@@ -135,15 +170,15 @@ class Assembly:
     def _read_choice(self, choice: Mapping[str, Any]) -> LMDelta | None:
         index = choice.get("index") or 0
         delta = as_mapping(choice.get("delta"))
-        text = delta.get("content") or choice.get("text") or ""
-        reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        text = text_of(delta.get("content") or choice.get("text"))
+        reasoning = text_of(delta.get("reasoning_content") or delta.get("reasoning"))
         calls = tuple(as_mapping(call) for call in delta.get("tool_calls") or ())
         reason = choice.get("finish_reason")
         state = self._choices.setdefault(index, _Choice())
         state.text.append(text)
         state.reasoning.append(reasoning)
-        for position, call in enumerate(calls):
-            state.add_call(call, position)
+        for call in calls:
+            state.add_call(call)
         state.finish_reason = reason or state.finish_reason
         if not (text or reasoning or calls or reason):
             return None

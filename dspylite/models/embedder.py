@@ -18,7 +18,6 @@ from dspylite.errors import (
     LMConfigurationError,
     MissingExtraError,
 )
-from dspylite.models.base import check_numbers, check_url
 from dspylite.models.direct.engine import DirectEmbedding
 from dspylite.models.direct.providers import provider_of
 from dspylite.models.embeddings import Embeddings, read_vector
@@ -26,6 +25,7 @@ from dspylite.models.engines import checked_engine
 from dspylite.models.litellm import LiteLLMEmbedding
 from dspylite.models.offline.engine import OFFLINE_PREFIX
 from dspylite.models.offline.hashing import hash_embedding
+from dspylite.models.parameters import check_params
 from dspylite.models.retry import Retry
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import settings
@@ -209,8 +209,7 @@ def _backend(
             f"not {model!r}."
         )
     if not model.startswith(OFFLINE_PREFIX):
-        check_url(kwargs.get("api_base") or kwargs.get("base_url"))
-        check_numbers(timeout=kwargs.get("timeout"))
+        check_params(kwargs)
         if engine == "direct" and provider_of(model) is None:
             raise LMConfigurationError(
                 f"The direct engine asks OpenAI-compatible servers, not {model!r}; leave `engine` "

@@ -6,7 +6,7 @@ answers (`models/adaptive.py`), and when an endpoint is left alone (`models/brea
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Final, TypeGuard
 
@@ -40,36 +40,31 @@ def was_sent(error: BaseException) -> bool:
 
 
 class QueuePlaces(Places):
-    """Places before which only so many may wait.
+    """Places before which only so many may wait, as each caller says for itself."""
 
-    Args:
-        count: How many callers may be inside at once, at least 1.
-        max_queue: How many may wait; None for any number.
-    """
-
-    def __init__(self, count: int, max_queue: int | None) -> None:
-        self._max_queue = max_queue
-        super().__init__(count)
-
-    def ask(self, now: float) -> Pass:
+    def ask_within(self, now: float, max_queue: int | None) -> Pass:
         """Queue up; the ticket is granted at once where a place is free.
+
+        Args:
+            now: Clock time in seconds.
+            max_queue: How many may wait; None for any number.
 
         Raises:
             OverloadedError: No place is free and the queue is full.
         """
-        if self._max_queue is None:
-            return super().ask(now)
+        if max_queue is None:
+            return self.ask(now)
         ticket = Pass()
         with self._lock:
             if self._free and not self._queue:
                 self._free -= 1
                 ticket.granted = True
                 return ticket
-            if len(self._queue) < self._max_queue:
+            if len(self._queue) < max_queue:
                 self._queue.append(ticket)
                 return ticket
         raise OverloadedError(
-            f"{self._count} calls to this endpoint are under way and {self._max_queue} wait, which "
+            f"{self._count} calls to this endpoint are under way and {max_queue} wait, which "
             "is all that `max_concurrency` and `max_queue` allow. Send fewer at once, call again "
             "later, or raise `max_queue=`."
         )
@@ -81,6 +76,23 @@ class QueuePlaces(Places):
         with self._lock:
             ticket.gone = True
         return heir
+
+
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    """The places as the gate of a policy with a bound of its own."""
+
+    places: QueuePlaces
+    max_queue: int | None
+
+    def ask(self, now: float) -> Pass:
+        return self.places.ask_within(now, self.max_queue)
+
+    def look(self, now: float) -> None:
+        self.places.look(now)
+
+    def leave(self, ticket: Pass, now: float) -> None:
+        self.places.leave(ticket, now)
 
 
 class MaxConcurrency:
@@ -96,6 +108,7 @@ class MaxConcurrency:
         limit: Most calls at once, at least 1.
         max_queue: Most calls that may wait; a further one fails at once with `OverloadedError`.
             0 lets none wait; None any number.
+        places: Those of another such policy, to be shared with it.
 
     Raises:
         LMConfigurationError: A number is no whole one, or too small.
@@ -107,13 +120,16 @@ class MaxConcurrency:
 
     place: ClassVar[str] = "concurrency"
 
-    def __init__(self, limit: int, *, max_queue: int | None = None) -> None:
+    def __init__(
+        self, limit: int, *, max_queue: int | None = None, places: QueuePlaces | None = None
+    ) -> None:
         check_count("max_concurrency", limit, least=1, otherwise="leave it out for no limit")
         if max_queue is not None:
             check_count("max_queue", max_queue, least=0, otherwise="None lets any number wait")
         self.limit: Final = limit
         self.max_queue: Final = max_queue
-        self._places = QueuePlaces(limit, max_queue)
+        self._places = QueuePlaces(limit) if places is None else places
+        self._gate = _Queue(self._places, max_queue)
 
     @property
     def waiting(self) -> int:
@@ -129,7 +145,7 @@ class MaxConcurrency:
         """
         places, inside = self._places, False
         try:
-            async with io.enter(places) as ticket:
+            async with io.enter(self._gate) as ticket:
                 inside = True
                 response = await call_next(request)
                 if response.stream is None:

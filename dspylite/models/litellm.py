@@ -58,7 +58,7 @@ class _Call(Protocol):
 
     def arguments(self, request: LMRequest) -> dict[str, Any]: ...
 
-    def read(self, answer: Any, request: LMRequest) -> LMResponse: ...
+    def read(self, answer: Any, request: LMRequest, arguments: Mapping[str, Any]) -> LMResponse: ...
 
 
 class _LiteLLM:
@@ -75,7 +75,8 @@ class _LiteLLM:
         arguments = self.arguments(request)
         with border(arguments):
             send = getattr(load_litellm(), self.name)
-            return self.read(in_time(request.model, lambda: send(**arguments)), request)
+            answer = in_time(request.model, lambda: send(**arguments))
+            return self.read(answer, request, arguments)
 
     async def acall(self: _Call, request: LMRequest) -> LMResponse:
         """Send and wait on this event loop; under trio, in a worker thread.
@@ -89,7 +90,7 @@ class _LiteLLM:
         with border(arguments):
             send = getattr(await load_litellm_without_blocking(), f"a{self.name}")
             answer = await in_time_async(request.model, lambda: send(**arguments))
-            return self.read(answer, request)
+            return self.read(answer, request, arguments)
 
 
 class LiteLLMChat(_LiteLLM):
@@ -109,10 +110,10 @@ class LiteLLMChat(_LiteLLM):
             arguments["_skip_mcp_handler"] = True
         return arguments
 
-    def read(self, answer: Any, request: LMRequest) -> LMResponse:
+    def read(self, answer: Any, request: LMRequest, arguments: Mapping[str, Any]) -> LMResponse:
         """Read a completion, or hold its stream."""
         if request.stream:
-            source = LiteLLMStream(answer, model=request.model, params=request.params)
+            source = LiteLLMStream(answer, model=request.model, params=arguments)
             return LMResponse(outputs=(), stream=source)
         return read_chat_response(answer, model=request.model)
 
@@ -132,8 +133,9 @@ class LiteLLMText(_LiteLLM):
             arguments["model"] = f"text-completion-openai/{name}"
         return arguments | {"prompt": "\n\n".join(_texts(request.messages))}
 
-    def read(self, answer: Any, request: LMRequest) -> LMResponse:
+    def read(self, answer: Any, request: LMRequest, arguments: Mapping[str, Any]) -> LMResponse:
         """Read a completion."""
+        del arguments
         return read_chat_response(answer, model=request.model)
 
 
@@ -161,8 +163,9 @@ class LiteLLMResponses(_LiteLLM):
                 arguments["max_output_tokens"] = arguments.pop(older)
         return arguments
 
-    def read(self, answer: Any, request: LMRequest) -> LMResponse:
+    def read(self, answer: Any, request: LMRequest, arguments: Mapping[str, Any]) -> LMResponse:
         """Read a response."""
+        del arguments
         return read_responses_answer(answer, model=request.model)
 
 

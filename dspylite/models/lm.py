@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from dspylite.abc import Engine
 from dspylite.errors import LMConfigurationError, nearest
-from dspylite.models.base import BaseLM, ModelType, check_url
+from dspylite.models.base import BaseLM, ModelType
 from dspylite.models.direct.engine import list_models
 from dspylite.models.engines import chat_engine, check_engine, checked_engine, uses_litellm
 from dspylite.models.knowledge import (
@@ -110,7 +110,6 @@ class LM(BaseLM):
                 f"There is no offline model {model!r}. {nearest(model, [OFFLINE_MODEL])}"
                 f"`{OFFLINE_MODEL}` is the only one."
             )
-        check_url(kwargs.get("api_base") or kwargs.get("base_url"))
         self.use_developer_role = use_developer_role
         self._capabilities = checked_capabilities(capabilities)
         self._engine_name = checked_engine(engine)

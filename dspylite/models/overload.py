@@ -150,6 +150,7 @@ class Control:
         self.rate_top = 0.0
         self.plain = True  # neither paused, nor limited by rate, nor down: the limit decides alone
         self.has_answered = False  # anything at all
+        self.usual_s: float | None = None  # what an answer takes
         self.down_since: float | None = None  # when the run of failures began that made it down
         self._slow_start = True
         self._admitted_at = self._next_at = self._paused_until = -math.inf
@@ -227,6 +228,10 @@ class Control:
 
     def _settle_ok(self, ticket: Admission, now: float, inside: int) -> None:
         self._run, self.has_answered = 0, True
+        took_s = now - ticket.granted_at
+        self.usual_s = (
+            took_s if self.usual_s is None else self.usual_s + (took_s - self.usual_s) / 8
+        )
         bucket = int(now * 2)
         if bucket != self._bucket:
             self._roll(bucket)

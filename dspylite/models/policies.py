@@ -15,7 +15,7 @@ from dspylite.models.adaptive import LONG_PAUSE_S, Adaptive, AdaptiveGate
 from dspylite.models.breaker import CircuitBreaker
 from dspylite.models.endpoints import shared
 from dspylite.models.fallback import Fallback, checked_errors
-from dspylite.models.limits import MaxConcurrency
+from dspylite.models.limits import MaxConcurrency, QueuePlaces, check_count
 from dspylite.models.middleware import in_order, place_of
 from dspylite.models.rates import RateLimit
 from dspylite.models.retry import Retry, RetryBudget
@@ -127,12 +127,19 @@ class Policies:
         has_breaker = has_fallback if self.circuit_breaker is None else bool(self.circuit_breaker)
         if has_breaker:
             own.append(self._breaker(endpoint, model))
-        if self.rpm is not None or self.tpm is not None:
-            key = ("rate", endpoint, self.rpm, self.tpm)
-            own.append(shared(key, lambda: RateLimit(rpm=self.rpm, tpm=self.tpm)))
+        if self.rpm is not None:
+            own.append(shared(("rpm", endpoint, self.rpm), lambda: RateLimit(rpm=self.rpm)))
+        if self.tpm is not None:
+            own.append(shared(("tpm", endpoint, self.tpm), lambda: RateLimit(tpm=self.tpm)))
         if (limit := self.max_concurrency) is not None:
-            key = ("concurrency", endpoint, limit, self.max_queue)
-            own.append(shared(key, lambda: MaxConcurrency(limit, max_queue=self.max_queue)))
+            check_count("max_concurrency", limit, least=1, otherwise="leave it out for no limit")
+            places = shared(("places", endpoint, limit), lambda: QueuePlaces(limit))
+            own.append(
+                shared(
+                    ("concurrency", endpoint, limit, self.max_queue),
+                    lambda: MaxConcurrency(limit, max_queue=self.max_queue, places=places),
+                )
+            )
         if is_remote if self.adaptive is None else self.adaptive:
             is_patient = not (has_fallback or has_breaker or "breaker" in taken)
             own.append(self._gate(endpoint, is_patient=is_patient))

@@ -61,7 +61,7 @@ def estimate_tokens(messages: Iterable[Message], params: Mapping[str, Any]) -> i
     """
     chars = others = 0
     for message in messages:
-        content = message["content"]
+        content = message.get("content")
         if isinstance(content, str):
             chars += len(content)
         elif content:
@@ -290,19 +290,21 @@ class Line:
 
     def leave(self, turn: Turn, now: float) -> None:
         """Give back the turn of a request that was not sent; nothing happens for another one."""
+        self._tell(self._give_back(turn, now), now)
+
+    def _give_back(self, turn: Turn, now: float) -> list[Turn]:
         if turn.sent:
-            return
+            return []
         with self._lock:
             if turn.gone:
-                return
+                return []
             turn.gone = True
             if turn.granted:
                 self._window.discard(turn)
             elif turn in self._waiting:
                 del self._waiting[turn]
                 self._queued_tokens -= turn.tokens
-            woken = self._let_go(now)
-        self._tell(woken, now)
+            return self._let_go(now)
 
     def correct(self, turn: Turn, tokens: int, now: float) -> None:
         """Count a request that was sent for what it really cost."""
@@ -334,9 +336,10 @@ class Line:
         return woken
 
     def _tell(self, woken: list[Turn], now: float) -> None:
-        for turn in woken:
+        while woken:
+            turn = woken.pop(0)
             if not wake(turn):
-                self.leave(turn, now)  # it cannot come: the next one may
+                woken += self._give_back(turn, now)  # it cannot come: the next one may
 
 
 class _Asking:

@@ -5,6 +5,7 @@ Not here: where the pieces come from (the engines), and how they are put togethe
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +34,17 @@ class LMStream:
         if response.stream is None:
             raise LMUnexpectedError("A policy around the call has lost its stream.")
         self._source: DeltaSource = response.stream
+        self._is_over = False
+
+    def __del__(self) -> None:
+        """Close what nobody closed, such as after a `break` without a `with`."""
+        if getattr(self, "_is_over", True):
+            return
+        try:
+            # On a thread of its own: this one may hold a lock that closing needs.
+            threading.Thread(target=self._source.close, daemon=True).start()
+        except RuntimeError:
+            pass  # the interpreter ends, and its connections with it
 
     @property
     def response(self) -> LMResponse:
@@ -45,11 +57,13 @@ class LMStream:
     def __next__(self) -> LMDelta:
         piece = self._source.call()
         if piece is None:
+            self._is_over = True
             raise StopIteration
         return piece
 
     def close(self) -> None:
         """Close the connection, if it is still open."""
+        self._is_over = True
         self._source.close()
 
     def __enter__(self) -> Self:
@@ -69,12 +83,13 @@ class LMStream:
     async def __anext__(self) -> LMDelta:
         piece = await self._source.acall()
         if piece is None:
+            self._is_over = True
             raise StopAsyncIteration
         return piece
 
     async def aclose(self) -> None:
         """Close the connection, if it is still open."""
-        self._source.close()
+        self.close()
 
     async def __aenter__(self) -> Self:
         return self

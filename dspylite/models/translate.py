@@ -283,7 +283,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             try:
                 seconds = email.utils.parsedate_to_datetime(raw).timestamp() - time.time()
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 continue
         if not math.isnan(seconds) and seconds != float("inf"):  # a header may say anything
             return max(0.0, seconds)

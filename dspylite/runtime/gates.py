@@ -69,21 +69,28 @@ class Places:
 
     def leave(self, ticket: Pass, now: float) -> None:
         """Give the place to the next in the queue, or give up waiting; a repeat does nothing."""
+        del now
+        leaver: Pass | None = ticket
+        while leaver is not None:
+            heir = self._next_after(leaver)
+            # One that cannot come any more passes its place on.
+            leaver = None if heir is None or wake(heir) else heir
+
+    def _next_after(self, ticket: Pass) -> Pass | None:
         with self._lock:
             if ticket.gone:
-                return
+                return None
             ticket.gone = True
             if not ticket.granted:
                 if ticket in self._queue:
                     self._queue.remove(ticket)
-                return
+                return None
             heir = self._queue.popleft() if self._queue else None
             if heir is None:
                 self._free = min(self._count, self._free + 1)
             else:
                 heir.granted = True
-        if heir is not None and not wake(heir):
-            self.leave(heir, now)  # it cannot come: pass the place on
+            return heir
 
 
 def wake(ticket: Ticket) -> bool:

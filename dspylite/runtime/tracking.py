@@ -171,7 +171,7 @@ def record_call(
     messages: Sequence[Message],
     params: Mapping[str, Any],
     response: LMResponse,
-    histories: Sequence[History],
+    histories: Sequence[History | list[Any]],
     is_counted: bool = False,
 ) -> None:
     """Count one answered call where somebody asked for it, and keep it in the histories.
@@ -198,7 +198,10 @@ def record_call(
         kwargs=without_secrets(params),
     )
     for history in (*histories, *(() if is_counted else _OPEN.get())):
-        history.add(entry)
+        if isinstance(history, History):
+            history.add(entry)
+        else:  # a plain list, as some models of users keep one
+            history.append(entry)
 
 
 def record_trace(predictor: Any, inputs: Mapping[str, Any], prediction: Any) -> None:

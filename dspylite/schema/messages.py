@@ -13,6 +13,7 @@ from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
+_USER_INFO = re.compile(r"://[^/@\s]+@")
 _SECRET_NAME = re.compile(r"(^|_)(key|token|secret|password|credentials|headers)$", re.IGNORECASE)
 
 
@@ -28,8 +29,12 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters that may be shown."""
-    return {name: value for name, value in params.items() if not is_secret(name)}
+    """Return the parameters that may be shown, endpoints without a password in them."""
+    shown = {name: value for name, value in params.items() if not is_secret(name)}
+    for name in ("api_base", "base_url"):
+        if isinstance(url := shown.get(name), str) and "@" in url:
+            shown[name] = _USER_INFO.sub("://...@", url)
+    return shown
 
 
 class Message(TypedDict):
@@ -114,7 +119,8 @@ class Usage:
         prompt, completion = _count(raw, "prompt_tokens"), _count(raw, "completion_tokens")
         details: dict[str, int] = {}
         for group in ("prompt_tokens_details", "completion_tokens_details"):
-            for name, value in (raw.get(group) or {}).items():
+            found = raw.get(group)
+            for name, value in found.items() if isinstance(found, Mapping) else ():
                 if isinstance(value, int) and value:
                     details[name] = details.get(name, 0) + value
         return cls(

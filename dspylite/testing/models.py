@@ -134,8 +134,8 @@ class FakeLM(BaseLM):
         self._door = _Door()
         super().__init__(model, num_retries=num_retries, **kwargs)
 
-    def _build_middleware(self) -> tuple[Middleware, ...]:
-        return (*super()._build_middleware(), _HoldAtDoor(self._door))
+    def _build_middleware(self, params: Mapping[str, Any]) -> tuple[Middleware, ...]:
+        return (*super()._build_middleware(params), _HoldAtDoor(self._door))
 
     @property
     def engine(self) -> Engine:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import io
+import math
 import socket
 import urllib.parse
 import weakref
@@ -19,7 +21,8 @@ import anyio.to_thread
 from anyio.lowlevel import current_token
 
 from dspylite.errors import LMError, LMTimeoutError, LMTransportError
-from dspylite.models.direct.environment import proxy_for, tls_context
+from dspylite.models.direct.environment import proxy_for, split_proxy, tls_context
+from dspylite.models.direct.heads import MAX_LINE_BYTES
 from dspylite.models.direct.wire import (
     CONNECT_S,
     WIND_UP_S,
@@ -28,7 +31,9 @@ from dspylite.models.direct.wire import (
     HttpRequest,
     Limits,
     Watch,
+    cause_to_show,
     is_blank,
+    without_user_info,
 )
 from dspylite.runtime.forks import watch_forks
 
@@ -36,6 +41,8 @@ _DNS_CACHE_S = 60
 _KEEP_ALIVE_S = 30.0
 """How long an idle connection is kept; below what common servers and balancers allow (60 s)."""
 _LOOKUPS = 8  # names looked up at once per loop; guessed
+_LARGE_BODY_BYTES = 1024 * 1024
+"""Above this aiohttp wants a file, which it sends in pieces."""
 _OTHER_DESCRIPTORS = 0.75
 """Share of the process's file descriptors that connections may take."""
 
@@ -86,7 +93,7 @@ class _LoopClient:
     def __init__(self, loop: Any) -> None:
         aiohttp = _load_aiohttp()
         self.loop = loop
-        self._proxies: dict[str, str | None] = {}
+        self._proxies: dict[str, tuple[str, str | None] | None] = {}
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
@@ -100,6 +107,8 @@ class _LoopClient:
             ),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
         )
         self.keeper: AsyncGenerator[None, None] = self._close_with_loop()
 
@@ -120,13 +129,16 @@ class _LoopClient:
     def _socket(self, address: Any) -> socket.socket:
         family, kind, protocol, _, _ = address
         made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._sockets.add(made)
         return made
 
-    def proxy_for(self, scheme: str, host: str) -> str | None:
+    def proxy_for(self, scheme: str, host: str) -> tuple[str, str | None] | None:
+        """Return the proxy for a host, as `split_proxy` does; None for none."""
         origin = f"{scheme}://{host}"
         if origin not in self._proxies:
-            self._proxies[origin] = proxy_for(scheme, host)
+            proxy = proxy_for(scheme, host)
+            self._proxies[origin] = None if proxy is None else split_proxy(proxy)
         return self._proxies[origin]
 
 
@@ -186,13 +198,16 @@ class AwaitedStream:
         headers: Names in lower case.
     """
 
-    def __init__(self, response: Any, request: HttpRequest, watch: Watch) -> None:
+    def __init__(self, response: Any, request: HttpRequest, watch: Watch, loop: Any) -> None:
         self._response = response
+        self._loop = loop
         self._request = request
         self._watch = watch
         self.status: int = response.status
         self.headers = {name.lower(): value for name, value in response.headers.items()}
-        self._body = BodyReader(self.headers, request.limits, request.model)
+        self._body = BodyReader(
+            self.headers, request.limits, request.model, is_lenient=self.status >= 300
+        )
 
     async def read(self) -> bytes:
         """Await some more of the body; empty at its end.
@@ -216,7 +231,7 @@ class AwaitedStream:
             self.close()
             if isinstance(error, LMError) or not isinstance(error, Exception):
                 raise
-            raise _translated(error, self._request, self._watch) from error
+            raise _translated(error, self._request, self._watch) from cause_to_show(error)
         return b""
 
     def content(self) -> None:
@@ -224,12 +239,17 @@ class AwaitedStream:
         self._watch.content()
 
     async def read_all(self) -> bytes:
-        """Await the rest of the body."""
+        """Await the rest of the body; where the status is no success, what there is of it."""
         pieces: list[bytes] = []
-        while piece := await self.read():
-            pieces.append(piece)
-            if not is_blank(piece):
-                self._watch.content()
+        try:
+            while piece := await self.read():
+                pieces.append(piece)
+                if not is_blank(piece):
+                    self._watch.content()
+        except LMError:
+            if self.status < 300:
+                raise
+            # Status and headers say what to do; the text, whose rest is lost, only says why.
         return b"".join(pieces)
 
     async def wind_up(self) -> None:
@@ -242,8 +262,15 @@ class AwaitedStream:
             pass  # `read` has closed it
 
     def close(self) -> None:
-        """Close the connection, unless the body was read to its end."""
-        self._response.close()
+        """Close the connection, unless the body was read to its end; from any thread."""
+        loop = self._loop
+        if _running_loop() is loop or not loop.is_running():
+            self._response.close()
+            return
+        try:
+            loop.call_soon_threadsafe(self._response.close)
+        except RuntimeError:
+            pass  # the loop has ended, and its connections with it
 
 
 async def open_stream(request: HttpRequest) -> AwaitedStream:
@@ -257,20 +284,30 @@ async def open_stream(request: HttpRequest) -> AwaitedStream:
     parts = urllib.parse.urlsplit(request.url)
     watch = Watch(request.limits, request.model)
     left = watch.next_wait()
+    body, headers, proxy, proxy_headers = request.body, request.headers, None, None
+    data = io.BytesIO(body) if body and len(body) > _LARGE_BODY_BYTES else body
+    found = client.proxy_for(parts.scheme, parts.netloc)
+    if found is not None:
+        proxy, authorization = found
+        if authorization is not None:
+            proxy_headers = {"proxy-authorization": authorization}
+            if parts.scheme == "http":  # the proxy reads the request itself
+                headers = {**headers, **proxy_headers}
     try:
         response = await client.session.request(
             request.method,
             request.url,
-            data=request.body,
-            headers=request.headers,
+            data=data,
+            headers=headers,
             allow_redirects=False,
-            proxy=client.proxy_for(parts.scheme, parts.netloc),
+            proxy=proxy,
+            proxy_headers=proxy_headers,
             timeout=_timeout(request.limits, left),
         )
-    except Exception as error:  # the border: what aiohttp raises is translated here
-        raise _translated(error, request, watch) from error
+    except Exception as error:  # noqa: BLE001  # the border: what aiohttp raises is translated here
+        raise _translated(error, request, watch) from cause_to_show(error)
     try:
-        return AwaitedStream(response, request, watch)
+        return AwaitedStream(response, request, watch, client.loop)
     except LMError:
         response.close()
         raise
@@ -289,22 +326,35 @@ async def send(request: HttpRequest) -> HttpAnswer:
 def _timeout(limits: Limits, left: float) -> Any:
     # aiohttp's own timers cost less than a scope around the call; the watch has the pauses.
     return _load_aiohttp().ClientTimeout(
-        total=limits.total_s, sock_connect=min(CONNECT_S, left), sock_read=limits.first_byte_s
+        total=limits.total_s,
+        sock_connect=min(CONNECT_S, left),
+        sock_read=limits.first_byte_s,
+        ceil_threshold=math.inf,  # by default it rounds times above 5 s up
     )
+
+
+def _running_loop() -> Any:
+    """Return the event loop that runs on this thread; None for none."""
+    try:
+        return current_token().native_token
+    except RuntimeError:
+        return None
 
 
 def _translated(error: Exception, request: HttpRequest, watch: Watch) -> LMError:
     if watch.failure is not None:
         return watch.failure
     aiohttp = _load_aiohttp()
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
+    if isinstance(error, aiohttp.ConnectionTimeoutError) and not watch.is_over:
         return LMTimeoutError(
             f"{request.model}: no connection within the time allowed.", model=request.model
         )
     if isinstance(error, TimeoutError):
         return watch.error()
     return LMTransportError(
-        f"{request.model}: the connection failed: {type(error).__name__}: {error}",
+        without_user_info(
+            f"{request.model}: the connection failed: {type(error).__name__}: {error}"
+        ),
         model=request.model,
     )
 

@@ -10,16 +10,18 @@ import atexit
 import functools
 import http.client
 import io
+import math
 import socket
 import threading
+import time
 import urllib.parse
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
 from dspylite.errors import LMError, LMTimeoutError, LMTransportError
-from dspylite.models.direct.environment import proxy_for, tls_context
-from dspylite.models.direct.heads import Head, head_of, read_head
+from dspylite.models.direct.environment import proxy_for, split_proxy, tls_context
+from dspylite.models.direct.heads import Head, authority_of, head_of, read_head
 from dspylite.models.direct.wire import (
     CHUNK_BYTES,
     CONNECT_S,
@@ -28,13 +30,22 @@ from dspylite.models.direct.wire import (
     HttpAnswer,
     HttpRequest,
     Watch,
+    cause_to_show,
     is_blank,
+    without_user_info,
 )
 from dspylite.runtime.forks import watch_forks
 
 MAX_KEPT_CONNECTIONS = 1024
 """Idle connections kept for each host: as many as threads are likely to call at once. Those beyond
 are closed after use."""
+
+KEEP_ALIVE_S = 30.0
+"""How long an idle connection is used again; below what common servers and balancers allow (60 s).
+An older one may be forgotten somewhere on its way, which nobody tells."""
+
+_RECORD_BYTES = 16 * 1024
+"""What TLS sends at once, and waits for by itself."""
 
 _WATCH: ContextVar[Watch | None] = ContextVar("dspylite_http_watch", default=None)
 """The watch of the exchange on this thread, for the connection, which urllib3 gives no way to pass
@@ -63,7 +74,14 @@ class _TimedReader(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """The standard library's answer, with every byte waited for under the exchange's watch."""
+    """The standard library's answer, with every byte waited for under the exchange's watch.
+
+    Attributes:
+        is_complete: Whether the body was read to its end and found whole. The standard library
+            closes an answer that it cannot read, too.
+    """
+
+    is_complete = False
 
     # What urllib3's pool notes on an answer and asks it for.
     retries: Any = None
@@ -74,6 +92,7 @@ class _Response(http.client.HTTPResponse):
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
+        self._sock = sock
         watch = _WATCH.get()
         if watch is not None:
             plain: Any = self.fp
@@ -100,10 +119,13 @@ class _Response(http.client.HTTPResponse):
 
     def release(self) -> None:
         """Give the connection back to its pool, if the body was read to its end, else close it."""
-        connection, self._connection = self._connection, None
+        connection = vars(self).pop("_connection", None)  # one step: other threads may close, too
         if connection is None:
             return
-        if not self.isclosed():  # some of the body is still to come
+        if self.is_complete:
+            connection.kept_at = time.monotonic()
+        else:
+            _shut_down(self._sock)  # a thread that waits for a byte holds the lock of the reader
             self.close()
             connection.close()
         self._pool._put_conn(connection)  # noqa: SLF001  # as urllib3's own answers do
@@ -148,27 +170,43 @@ def _load_urllib3() -> Any:
     return urllib3
 
 
-@functools.cache
-def _connection_class(scheme: str) -> Any:
+def _connection_class(scheme: str, host: str) -> Any:
     """Make a connection that urllib3 opens and keeps, and on which each side says all at once.
 
     urllib3's own way wraps each answer twice and sends in two pieces, which costs twice the time;
     with many threads each piece also waits for its turn of the interpreter.
+
+    Args:
+        scheme: Of the connection itself, which may lead to a proxy.
+        host: Of the endpoint, as requests name it.
     """
     connection = _load_urllib3().connection
     base: Any = connection.HTTPSConnection if scheme == "https" else connection.HTTPConnection
 
     class Connection(base):  # type: ignore[misc]
+        kept_at = math.inf
+        """When it was given back."""
+
+        @property
+        def is_connected(self) -> bool:
+            if time.monotonic() - self.kept_at > KEEP_ALIVE_S:
+                return False
+            connected: bool = super().is_connected
+            return connected
+
         def request(
             self, method: str, url: str, body: bytes | None = None, headers: Any = None, **_: Any
         ) -> None:
             if self.sock is None:
                 self.connect()
             sock: Any = self.sock
-            sock.settimeout(self.timeout)
-            sock.sendall(
-                head_of(method, url, host=self.host, port=self.port, headers=headers, body=body)
-            )
+            watch: Any = _WATCH.get()  # `open_stream` has set it
+            data = memoryview(head_of(method, url, host=host, headers=headers, body=body))
+            # A plain socket counts its time over all of what is sent, TLS anew for each record.
+            step = len(data) if type(sock) is socket.socket else _RECORD_BYTES
+            for start in range(0, len(data), step):
+                sock.settimeout(watch.next_wait())
+                sock.sendall(data[start : start + step])
 
         def getresponse(self) -> _Response:
             response = _Response(self.sock)
@@ -187,22 +225,29 @@ def _connection_class(scheme: str) -> Any:
 def _make_pool(origin: str) -> Any:
     urllib3 = _load_urllib3()
     scheme, _, host = origin.partition("://")
-    options: dict[str, Any] = {"maxsize": MAX_KEPT_CONNECTIONS, "block": False}
+    connections: Any = urllib3.connection.HTTPConnection
+    options: dict[str, Any] = {
+        "maxsize": MAX_KEPT_CONNECTIONS,
+        "block": False,
+        "socket_options": [
+            *connections.default_socket_options,
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        ],
+    }
     if scheme == "https":
         options["ssl_context"] = tls_context()
     proxy = proxy_for(scheme, host)
     if proxy is None:
         manager = urllib3.PoolManager(num_pools=1, **options)
     else:
-        user_info = urllib.parse.urlsplit(proxy).netloc.rpartition("@")[0]
-        headers = (
-            urllib3.util.make_headers(proxy_basic_auth=urllib.parse.unquote(user_info))
-            if user_info
-            else None
-        )
+        proxy, authorization = split_proxy(proxy)
+        headers = None if authorization is None else {"proxy-authorization": authorization}
         manager = urllib3.ProxyManager(proxy, num_pools=1, proxy_headers=headers, **options)
     pool = manager.connection_from_url(origin)
-    pool.ConnectionCls = _connection_class(scheme)
+    asked = urllib3.util.parse_url(origin)
+    pool.ConnectionCls = _connection_class(
+        pool.scheme, authority_of(scheme, asked.host.rstrip("."), asked.port)
+    )
     return pool
 
 
@@ -224,7 +269,10 @@ class BlockingStream:
         self._watch = watch
         self.status: int = response.status
         self.headers: Mapping[str, str] = response.headers
-        self._body = BodyReader(self.headers, request.limits, request.model)
+        self._is_closed = False
+        self._body = BodyReader(
+            self.headers, request.limits, request.model, is_lenient=self.status >= 300
+        )
 
     def read(self) -> bytes:
         """Wait for some more of the body; empty at its end.
@@ -237,29 +285,50 @@ class BlockingStream:
             while data := self._response.read1(CHUNK_BYTES):
                 if decoded := self._body.feed(data):
                     return decoded
-            _check_length(self._response)
-            self._body.finish()
+            self._check_end()
             self._response.close()
+            self._response.is_complete = True
             self._response.release()
         except LMError:
             self.close()
             raise
-        except Exception as error:  # the border: what urllib3 raises is translated here
+        except Exception as error:  # noqa: BLE001  # the border: what urllib3 raises is translated here
+            if self._is_closed:  # by another thread; what broke is only what that has broken
+                raise self._closed_error() from None
             self.close()
-            raise _translated(error, self._request, self._watch) from error
+            raise _translated(error, self._request, self._watch) from cause_to_show(error)
         return b""
+
+    def _check_end(self) -> None:
+        """Refuse a body that ended too early, which the standard library lets pass."""
+        if self._is_closed:
+            raise self._closed_error()
+        if self._response.length:
+            raise http.client.IncompleteRead(b"", self._response.length)
+        self._body.finish()
+
+    def _closed_error(self) -> LMError:
+        return LMTransportError(
+            f"{self._request.model}: the answer was closed before its end.",
+            model=self._request.model,
+        )
 
     def content(self) -> None:
         """Note that what was read was content."""
         self._watch.content()
 
     def read_all(self) -> bytes:
-        """Wait for the rest of the body."""
+        """Wait for the rest of the body; where the status is no success, what there is of it."""
         pieces: list[bytes] = []
-        while piece := self.read():
-            pieces.append(piece)
-            if not is_blank(piece):
-                self._watch.content()
+        try:
+            while piece := self.read():
+                pieces.append(piece)
+                if not is_blank(piece):
+                    self._watch.content()
+        except LMError:
+            if self.status < 300:
+                raise
+            # Status and headers say what to do; the text, whose rest is lost, only says why.
         return b"".join(pieces)
 
     def wind_up(self) -> None:
@@ -272,7 +341,8 @@ class BlockingStream:
             pass  # `read` has closed it
 
     def close(self) -> None:
-        """Close the connection, unless the body was read to its end."""
+        """Close the connection, unless the body was read to its end; from any thread."""
+        self._is_closed = not self._response.is_complete
         self._response.release()
 
 
@@ -306,8 +376,8 @@ def open_stream(request: HttpRequest) -> BlockingStream:
         )
     except LMError:
         raise
-    except Exception as error:  # the border: what urllib3 raises is translated here
-        raise _translated(error, request, watch) from error
+    except Exception as error:  # noqa: BLE001  # the border: what urllib3 raises is translated here
+        raise _translated(error, request, watch) from cause_to_show(error)
     finally:
         _WATCH.reset(token)
     try:
@@ -334,28 +404,39 @@ def _announced_length(head: Head) -> int | None:
     return int(announced) if announced.isdecimal() else None
 
 
-def _check_length(response: http.client.HTTPResponse) -> None:
-    """Refuse a body that ended before its announced length, which `read1` lets pass."""
-    if response.length:
-        raise http.client.IncompleteRead(b"", response.length)
+def _shut_down(sock: Any) -> None:
+    """Wake every thread that waits on a socket, without closing what they still hold."""
+    try:
+        # Past TLS, whose state those threads use; TLS within TLS is no socket but has one.
+        socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)
+    except (OSError, TypeError):
+        pass  # it is shut already
 
 
 def _translated(error: Exception, request: HttpRequest, watch: Watch) -> LMError:
     if watch.failure is not None:
         return watch.failure
     exceptions = _load_urllib3().exceptions
-    # A refused connection and an unknown host count as "timeouts" to urllib3.
-    if not isinstance(error, exceptions.NewConnectionError):
-        if isinstance(error, exceptions.ConnectTimeoutError):
-            return LMTimeoutError(
-                f"{request.model}: no connection within the time allowed.", model=request.model
-            )
-        if isinstance(error, exceptions.TimeoutError | TimeoutError):
-            return watch.error()
     # What is nested innermost names no object of a library.
     nested = [each for each in error.args if isinstance(each, BaseException)]
     inner = nested[0] if nested else error.__cause__ or error
+    # A refused connection and an unknown host count as "timeouts" to urllib3.
+    if not isinstance(error, exceptions.NewConnectionError):
+        if isinstance(error, exceptions.ConnectTimeoutError):
+            if watch.is_over:
+                return watch.error()
+            return LMTimeoutError(
+                f"{request.model}: no connection within the time allowed.", model=request.model
+            )
+        # One with a number is the system's, of a host that does not answer its questions.
+        if isinstance(inner, TimeoutError):
+            if inner.errno is None:
+                return watch.error()
+        elif isinstance(error, exceptions.TimeoutError):
+            return watch.error()
     return LMTransportError(
-        f"{request.model}: the connection failed: {type(inner).__name__}: {inner}",
+        without_user_info(
+            f"{request.model}: the connection failed: {type(inner).__name__}: {inner}"
+        ),
         model=request.model,
     )

@@ -20,6 +20,7 @@ from typing import Any
 from dspylite.abc import Io
 from dspylite.errors import (
     MAX_MESSAGE_CHARS,
+    FlowError,
     LMConfigurationError,
     LMInvalidRequestError,
     LMServerError,
@@ -160,7 +161,7 @@ async def _complete(io: Io, request: LMRequest) -> LMResponse:
     answer = await _post(
         io, endpoint, "/chat/completions", body, model=request.model, params=request.params
     )
-    read = read_json(answer, request.model, request.params)
+    read = read_json(answer, request.model, shown_by(request.params, endpoint))
     return read_chat_response(read, model=request.model)
 
 
@@ -207,7 +208,7 @@ async def _post(
         headers=answer.headers,
         body=answer.body,
         model=model,
-        secrets=secrets_of(params),
+        secrets=secrets_of(shown_by(params, endpoint)),
     )
 
 
@@ -250,12 +251,20 @@ def _http_request(
         limits = replace(limits, total_s=max(left, 0.0), is_deadline=True)
     return HttpRequest(
         method="GET" if body is None else "POST",
-        url=endpoint.base + path,
+        url=_joined(endpoint.base, path),
         headers={**_HEADERS, **own},
         body=None if body is None else _encoded(body, model),
         limits=limits,
         model=model,
     )
+
+
+def _joined(base: str, path: str) -> str:
+    """Put a path behind a base, before what it may have of a query."""
+    if "?" not in base:
+        return base + path
+    where, _, query = base.partition("?")
+    return f"{where.rstrip('/')}{path}?{query}"
 
 
 def _encoded(body: Mapping[str, Any], model: str) -> bytes:
@@ -285,6 +294,11 @@ def _redirected(request: HttpRequest, headers: Mapping[str, str]) -> HttpRequest
             model=request.model,
         )
     return replace(request, url=target)
+
+
+def shown_by(params: Mapping[str, Any], endpoint: Endpoint) -> Mapping[str, Any]:
+    """Return the parameters with the key that is really sent, which a function may have made."""
+    return {**params, "api_key": endpoint.key}
 
 
 def read_json(answer: HttpAnswer, model: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -328,10 +342,13 @@ async def _open_stream(
         endpoint, "/chat/completions", body, model=request.model, params=request.params
     )
     stream = await io.call(_OPEN, http)
-    if stream.status in _REDIRECTS:
+    for _ in range(_MAX_REDIRECTS):
+        if stream.status not in _REDIRECTS:
+            break
         stream.close()
-        stream = await io.call(_OPEN, _redirected(http, stream.headers))
-    secrets = secrets_of(request.params)
+        http = _redirected(http, stream.headers)
+        stream = await io.call(_OPEN, http)
+    secrets = secrets_of(shown_by(request.params, endpoint))
     request_id = redact(stream.headers.get("x-request-id", ""), secrets) or None
     if not 200 <= stream.status < 300:
         raise error_of_answer(
@@ -377,6 +394,10 @@ class _Deltas:
         self._is_over = False
 
     def call(self) -> LMDelta | None:
+        if not isinstance(self._stream, _blocking().BlockingStream):
+            raise FlowError(
+                "This stream was opened by `astream`, on an event loop: read it with `async for`."
+            )
         return run_flow(self._next(BLOCKING))
 
     async def acall(self) -> LMDelta | None:
@@ -458,7 +479,7 @@ class DirectEmbedding:
         answer = await _post(
             io, endpoint, "/embeddings", body, model=self.model, params=self.params
         )
-        read = read_json(answer, self.model, self.params)
+        read = read_json(answer, self.model, shown_by(self.params, endpoint))
         rows = read.get("data")
         if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
             raise LMServerError(
@@ -488,8 +509,7 @@ async def list_models(io: Io, model: str, params: Mapping[str, Any]) -> list[str
     Raises:
         LMError: Of the class that fits the failure.
     """
-    answer = await _post(
-        io, endpoint_of(model, params), "/models", None, model=model, params=params
-    )
-    rows = read_json(answer, model, params).get("data")
+    endpoint = endpoint_of(model, params)
+    answer = await _post(io, endpoint, "/models", None, model=model, params=params)
+    rows = read_json(answer, model, shown_by(params, endpoint)).get("data")
     return [str(row["id"]) for row in rows or () if isinstance(row, Mapping) and "id" in row]

@@ -5,9 +5,11 @@ They are read when a host is first asked. Not here: keys and endpoints (`provide
 
 from __future__ import annotations
 
+import base64
 import functools
 import os
 import ssl
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -29,6 +31,26 @@ def proxy_for(scheme: str, host: str) -> str | None:
     if not proxy or library.proxy_bypass_environment(host, proxies):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def split_proxy(proxy: str) -> tuple[str, str | None]:
+    """Part a proxy's URL, which errors may show, from the user and password in it.
+
+    Returns:
+        The URL without them, and what they are as a `proxy-authorization` header; None for none.
+
+    Example:
+        >>> split_proxy("http://user:pa%20ss@proxy:3128")
+        ('http://proxy:3128', 'Basic dXNlcjpwYSBzcw==')
+    """
+    scheme, _, rest = proxy.partition("://")
+    # The last "@", so that nothing of a password that should have been quoted stays in the URL.
+    user_info, _, place = rest.rpartition("@")
+    if not user_info:
+        return f"{scheme}://{place}", None
+    user, _, password = user_info.partition(":")
+    plain = f"{urllib.parse.unquote(user)}:{urllib.parse.unquote(password)}"
+    return f"{scheme}://{place}", f"Basic {base64.b64encode(plain.encode()).decode()}"
 
 
 def tls_context() -> ssl.SSLContext:

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 from dspylite.errors import LMServerError
 
+_MARK = b"\xef\xbb\xbf"
+
 
 class EventReader:
     r"""Cuts a byte stream into the data of its events, whatever pieces the bytes come in.
 
-    Comments, and fields other than `data`, are skipped.
+    Comments, and fields other than `data`, are skipped; a byte order mark at the start, too.
 
     Args:
         max_bytes: Most bytes in all.
@@ -31,7 +33,8 @@ class EventReader:
     def __init__(self, *, max_bytes: int, model: str) -> None:
         self._left = max_bytes
         self._model = model
-        self._rest = b""
+        self._is_begun = False
+        self._rest = bytearray()  # grows in place; as bytes it would be copied with every piece
         self._data: list[bytes] = []
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
@@ -47,13 +50,25 @@ class EventReader:
                 "`max_response_bytes=`.",
                 model=self._model,
             )
+        rest = self._rest
+        if not self._is_begun:
+            piece = bytes(rest) + piece
+            rest.clear()
+            if len(piece) < len(_MARK) and _MARK.startswith(piece):
+                rest += piece
+                return
+            self._is_begun = True
+            piece = piece.removeprefix(_MARK)
         # A line may end in \r\n, \n or \r; a \r at the very end may be half of the first.
-        text = self._rest + piece
+        if b"\n" not in piece and b"\r" not in piece and not rest.endswith(b"\r"):
+            rest += piece
+            return
+        text = bytes(rest) + piece if rest else piece
         held = b""
         if text.endswith(b"\r"):
             text, held = text[:-1], b"\r"
         lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self._rest = lines.pop() + held
+        self._rest = bytearray(lines.pop() + held)
         for line in lines:
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
@@ -63,4 +78,5 @@ class EventReader:
 
     def finish(self) -> Iterator[bytes]:
         """Yield an event that was complete but for its empty line."""
+        self._left += 2  # these are not the server's
         yield from self.feed(b"\n\n")

@@ -14,7 +14,7 @@ MAX_LINE_BYTES = 65_536
 MAX_HEADERS = 200
 """Both as in other clients; a head beyond them is no head of an answer."""
 
-_DEFAULT_PORTS = frozenset({80, 443})
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,22 @@ class Head:
     headers: dict[str, str]
 
 
+def authority_of(scheme: str, host: str, port: int | None) -> str:
+    """Write a host as it is asked for: its port is left out where it is the scheme's own.
+
+    Example:
+        >>> authority_of("https", "x.example", 443), authority_of("https", "::1", 80)
+        ('x.example', '[::1]:80')
+    """
+    where = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return where if port in {None, _DEFAULT_PORTS.get(scheme)} else f"{where}:{port}"
+
+
 def head_of(
     method: str,
     target: str,
     *,
     host: str,
-    port: int | None,
     headers: Mapping[str, str],
     body: bytes | None,
 ) -> bytes:
@@ -48,19 +58,17 @@ def head_of(
     Args:
         method: `"POST"` or `"GET"`.
         target: Path and query; for a proxy the whole URL.
-        host: As it is asked for.
-        port: Left out where it is the scheme's own.
-        headers: Checked already: no line breaks, ASCII.
+        host: As `authority_of` writes it; a `host` among the headers takes its place.
+        headers: Checked already: names in lower case, no line breaks, ASCII.
         body: None for none.
 
     Example:
-        >>> head_of("GET", "/v1", host="x", port=80, headers={"accept": "*/*"}, body=None)
+        >>> head_of("GET", "/v1", host="x", headers={"accept": "*/*"}, body=None)
         b'GET /v1 HTTP/1.1\r\nhost: x\r\naccept: */*\r\n\r\n'
     """
-    where = f"[{host}]" if ":" in host else host
-    if port is not None and port not in _DEFAULT_PORTS:
-        where = f"{where}:{port}"
-    lines = [f"{method} {target} HTTP/1.1", f"host: {where}"]
+    lines = [f"{method} {target} HTTP/1.1"]
+    if "host" not in headers:
+        lines.append(f"host: {host}")
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if body is not None:
         lines.append(f"content-length: {len(body)}")

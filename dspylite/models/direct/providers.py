@@ -6,6 +6,7 @@ Not here: what is sent there (`engine.py`).
 from __future__ import annotations
 
 import os
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,12 @@ def endpoint_of(model: str, params: Mapping[str, Any]) -> Endpoint:
             f"`{provider.base_variables[0]}`.",
             model=model,
             provider=provider.name,
+        )
+    if "@" in urllib.parse.urlsplit(str(base)).netloc:
+        raise LMConfigurationError(
+            f"{model}: the endpoint's URL holds a user and a password. Leave them out, and give "
+            "`extra_headers={'authorization': 'Basic ...'}`.",
+            model=model,
         )
     key: Any = params.get("api_key")
     if callable(key):

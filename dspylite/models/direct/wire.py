@@ -5,10 +5,12 @@ Not here: sending (`blocking.py`, `awaiting.py`), and what the bytes mean (`engi
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dspylite.errors import LMServerError, LMTimeoutError, LMUnexpectedError
 from dspylite.runtime.clock import deadline_error
@@ -30,7 +32,11 @@ WIND_UP_S = 0.2
 """How long the end of a body is waited for after the end of what it says, so that its connection
 can be used again; guessed."""
 
+MAX_GZIP_MEMBERS = 10_000
+"""Parts of one compressed body; each costs time, even where it holds nothing."""
+
 _BLANKS = b" \t\r\n"
+_USER_INFO = re.compile(r"://[^/@\s]+@")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +141,15 @@ class Watch:
         """Allow no more than so many seconds from now on."""
         self._ends_at = min(self._ends_at, time.monotonic() + seconds)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the time of the whole attempt is up."""
+        return time.monotonic() >= self._ends_at - 0.001
+
     def error(self) -> LMTimeoutError:
         """Make the error of the limit that is passed, or nearest to it."""
-        limits, now = self._limits, time.monotonic()
-        if now >= self._ends_at - 0.001:
+        limits = self._limits
+        if self.is_over:
             if limits.is_deadline:
                 late = deadline_error(f"{self._model} was asked")
                 late.model = self._model
@@ -162,26 +173,39 @@ class BodyReader:
         headers: Of the answer.
         limits: As of the request.
         model: Named in errors.
+        is_lenient: Whether to begin with any body, for an answer whose status says all; one that
+            cannot be read counts as empty.
 
     Raises:
         LMServerError: The body is in a form nobody asked for.
         LMUnexpectedError: It is announced as too large.
     """
 
-    __slots__ = ("_decoder", "_left", "_limits", "_model")
+    __slots__ = (
+        "_decoder", "_is_packed", "_is_readable", "_left", "_limits", "_members", "_model",
+        "_packed_left",
+    )  # fmt: skip
 
-    def __init__(self, headers: Mapping[str, str], limits: Limits, model: str) -> None:
+    def __init__(
+        self, headers: Mapping[str, str], limits: Limits, model: str, *, is_lenient: bool = False
+    ) -> None:
         self._limits = limits
         self._left = limits.max_bytes
+        # What does not compress at all, in small pieces, grows.
+        self._packed_left = 2 * limits.max_bytes + CHUNK_BYTES
         self._model = model
+        self._members = 0
+        self._decoder: Any = None
         encoding = headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in {"identity", "", "gzip", "x-gzip"}:
+        self._is_packed = "gzip" in encoding
+        self._is_readable = encoding in {"identity", "", "gzip", "x-gzip"}
+        if is_lenient:
+            return
+        if not self._is_readable:
             raise LMServerError(
                 f"{model}: the answer is compressed by {encoding!r}, which was not asked for.",
                 model=model,
             )
-        # 31: the largest window, with gzip's own header
-        self._decoder = zlib.decompressobj(wbits=31) if "gzip" in encoding else None
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > limits.max_bytes:
             raise self._too_large()
@@ -193,9 +217,9 @@ class BodyReader:
             LMServerError: The body is not compressed as it says.
             LMUnexpectedError: It is too large.
         """
-        if self._decoder is not None:
+        if self._is_packed and self._is_readable:
             try:
-                data = self._decoder.decompress(data, self._left + 1)
+                data = self._unpacked(data)
             except zlib.error as error:
                 raise LMServerError(
                     f"{self._model}: the answer is no valid gzip ({error}).", model=self._model
@@ -203,7 +227,30 @@ class BodyReader:
         self._left -= len(data)
         if self._left < 0:
             raise self._too_large()
-        return data
+        return data if self._is_readable else b""
+
+    def _unpacked(self, data: bytes) -> bytes:
+        """Decompress a piece; a body may be many compressed parts, one behind the other."""
+        self._packed_left -= len(data)
+        if self._packed_left < 0:
+            raise self._too_large()
+        pieces: list[bytes] = []
+        left = self._left + 1  # one more than allowed, by which it is known
+        while data and left > 0:
+            decoder = self._decoder
+            if decoder is None or decoder.eof:
+                if decoder is not None and not (data := data.lstrip(b"\0")):
+                    break  # padding, as of tapes
+                self._members += 1
+                if self._members > MAX_GZIP_MEMBERS:
+                    raise self._too_large()
+                # 31: the largest window, with gzip's own header, without which it raises
+                decoder = self._decoder = zlib.decompressobj(wbits=31)
+            piece = decoder.decompress(data, left)
+            pieces.append(piece)
+            left -= len(piece)
+            data = decoder.unused_data
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def finish(self) -> None:
         """Check that nothing is missing.
@@ -221,6 +268,28 @@ class BodyReader:
             "further. Allow more by `max_response_bytes=`.",
             model=self._model,
         )
+
+
+def without_user_info(text: str) -> str:
+    """Take user and password out of every URL in a text.
+
+    Example:
+        >>> without_user_info("url='http://user:word@proxy:3128'")
+        "url='http://proxy:3128'"
+    """
+    return _USER_INFO.sub("://", text)
+
+
+def cause_to_show(error: BaseException) -> BaseException | None:
+    """Return what may be printed as the cause of an error of ours: none that shows a password."""
+    each: BaseException | None = error
+    seen: set[int] = set()
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        if _USER_INFO.search(str(each)):
+            return None
+        each = each.__cause__ or each.__context__
+    return error
 
 
 def is_blank(data: bytes) -> bool:
