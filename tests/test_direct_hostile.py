@@ -37,6 +37,7 @@ from dspylite.models.direct.environment import split_proxy
 from dspylite.models.direct.events import EventReader
 from dspylite.models.direct.heads import authority_of
 from dspylite.models.direct.wire import BodyReader, HttpRequest, Limits, Watch, cause_to_show
+from dspylite.testing import FakeServer, Reply
 
 KEY = "sk-key-of-this-test-0123456789"
 PASSWORD = "pa55-word-of-the-proxy"
@@ -515,3 +516,29 @@ def test_events_are_the_same_in_any_pieces(end: bytes, mark: bytes, step: int) -
     pieces = [stream[start : start + step] for start in range(0, len(stream), step)]
     events = [event for piece in pieces for event in reader.feed(piece)]
     assert [*events, *reader.finish()] == [b"one", b"two\nthree", b"last"]
+
+
+SLOW_REFUSAL = Reply(status=429, headers={"retry-after": "7"}, body="x" * 600, byte_delay_s=0.1)
+
+
+@pytest.mark.timeout(20)
+def test_slow_text_of_a_failure_does_not_hold_its_status_up() -> None:
+    """What a 429 asks for is in its head; a minute of dripping text adds nothing (B 4.7)."""
+    with FakeServer() as server:
+        server.script(SLOW_REFUSAL)
+        lm = LM("openai/m", api_base=server.base_url, api_key="none", num_retries=0)
+        with pytest.raises(LMRateLimitError) as raised:
+            lm("hi")
+    assert raised.value.retry_after_s == 7
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], scope="module")
+async def test_slow_text_of_an_awaited_failure_does_not_hold_its_status_up() -> None:
+    """Likewise on an event loop (B 4.7)."""
+    with FakeServer() as server:
+        server.script(SLOW_REFUSAL)
+        lm = LM("openai/m", api_base=server.base_url, api_key="none", num_retries=0)
+        with pytest.raises(LMRateLimitError) as raised:
+            await lm.acall("hi")
+    assert raised.value.retry_after_s == 7

@@ -25,6 +25,7 @@ from dspylite.models.direct.environment import proxy_for, split_proxy, tls_conte
 from dspylite.models.direct.heads import MAX_LINE_BYTES
 from dspylite.models.direct.wire import (
     CONNECT_S,
+    ERROR_BODY_S,
     WIND_UP_S,
     BodyReader,
     HttpAnswer,
@@ -241,6 +242,8 @@ class AwaitedStream:
     async def read_all(self) -> bytes:
         """Await the rest of the body; where the status is no success, what there is of it."""
         pieces: list[bytes] = []
+        if self.status >= 300:
+            self._watch.hurry(ERROR_BODY_S)
         try:
             while piece := await self.read():
                 pieces.append(piece)

@@ -25,6 +25,7 @@ from dspylite.models.direct.heads import Head, authority_of, head_of, read_head
 from dspylite.models.direct.wire import (
     CHUNK_BYTES,
     CONNECT_S,
+    ERROR_BODY_S,
     WIND_UP_S,
     BodyReader,
     HttpAnswer,
@@ -320,6 +321,8 @@ class BlockingStream:
     def read_all(self) -> bytes:
         """Wait for the rest of the body; where the status is no success, what there is of it."""
         pieces: list[bytes] = []
+        if self.status >= 300:
+            self._watch.hurry(ERROR_BODY_S)
         try:
             while piece := self.read():
                 pieces.append(piece)

@@ -28,6 +28,9 @@ CHUNK_BYTES = 64 * 1024
 CONNECT_S = 20.0
 """Longest wait for one connection to be made; guessed."""
 
+ERROR_BODY_S = 2.0
+"""How long the text of a failure is waited for: its status and headers, which say what to do, are
+there already. Guessed."""
 WIND_UP_S = 0.2
 """How long the end of a body is waited for after the end of what it says, so that its connection
 can be used again; guessed."""
