@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 from dspylite.abc import LanguageModel, Middleware
 from dspylite.errors import LMConfigurationError
@@ -23,24 +23,9 @@ from dspylite.models.retry import Retry, RetryBudget
 DEFAULT_RETRIES = 3
 """DSPy's value."""
 DEFAULT_MAX_WAIT_S = 30.0
+"""Longest wait between two attempts; guessed."""
 DEFAULT_PATIENCE_S = 120.0
 """How long overload is waited out: twice a rate limit's minute."""
-
-
-class PolicyOptions(TypedDict, total=False):
-    """The parameters of `LM` that choose its policies; must match the fields of `Policies`."""
-
-    max_retry_wait_s: float | None
-    patience_s: float | None
-    max_concurrency: int | None
-    max_queue: int | None
-    rpm: int | None
-    tpm: int | None
-    fallbacks: Sequence[LanguageModel]
-    fallback_on: tuple[type[BaseException], ...] | None
-    circuit_breaker: CircuitBreaker | bool | None
-    adaptive: bool | None
-    middleware: Sequence[Middleware]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

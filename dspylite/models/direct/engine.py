@@ -161,7 +161,7 @@ async def _complete(io: Io, request: LMRequest) -> LMResponse:
     answer = await _post(
         io, endpoint, "/chat/completions", body, model=request.model, params=request.params
     )
-    read = read_json(answer, request.model, shown_by(request.params, endpoint))
+    read = read_json(answer, request.model, params=request.params, endpoint=endpoint)
     return read_chat_response(read, model=request.model)
 
 
@@ -301,7 +301,9 @@ def shown_by(params: Mapping[str, Any], endpoint: Endpoint) -> Mapping[str, Any]
     return {**params, "api_key": endpoint.key}
 
 
-def read_json(answer: HttpAnswer, model: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+def read_json(
+    answer: HttpAnswer, model: str, *, params: Mapping[str, Any], endpoint: Endpoint
+) -> Mapping[str, Any]:
     """Read the body of a success; what of it gets into an error is without the secrets.
 
     Raises:
@@ -313,7 +315,7 @@ def read_json(answer: HttpAnswer, model: str, params: Mapping[str, Any]) -> Mapp
         read = None
     if isinstance(read, Mapping) and not read.get("error"):
         return read
-    secrets = secrets_of(params)
+    secrets = secrets_of(shown_by(params, endpoint))
     if isinstance(read, Mapping):
         raise error_of_answer(
             status=status_of_error(read["error"]),
@@ -479,7 +481,7 @@ class DirectEmbedding:
         answer = await _post(
             io, endpoint, "/embeddings", body, model=self.model, params=self.params
         )
-        read = read_json(answer, self.model, shown_by(self.params, endpoint))
+        read = read_json(answer, self.model, params=self.params, endpoint=endpoint)
         rows = read.get("data")
         if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
             raise LMServerError(
@@ -511,5 +513,5 @@ async def list_models(io: Io, model: str, params: Mapping[str, Any]) -> list[str
     """
     endpoint = endpoint_of(model, params)
     answer = await _post(io, endpoint, "/models", None, model=model, params=params)
-    rows = read_json(answer, model, shown_by(params, endpoint)).get("data")
+    rows = read_json(answer, model, params=params, endpoint=endpoint).get("data")
     return [str(row["id"]) for row in rows or () if isinstance(row, Mapping) and "id" in row]
