@@ -12,7 +12,9 @@ from dspylite.concurrency.parallel import Parallel
 from dspylite.errors import (
     AdapterParseError,
     BatchError,
+    BatchInterrupted,
     BudgetExceededError,
+    CallCancelledError,
     CircuitOpenError,
     ContentFilterError,
     ContextWindowExceededError,
@@ -41,6 +43,7 @@ from dspylite.errors import (
     SettingsError,
     SignatureError,
     TruncatedError,
+    finished_results,
     is_retryable_lm_error,
 )
 from dspylite.models.base import BaseLM
@@ -57,6 +60,7 @@ from dspylite.programs.base import Module
 from dspylite.programs.predict import ChainOfThought, Predict
 from dspylite.runtime.budgets import budget
 from dspylite.runtime.calls import BaseCallback, current_call
+from dspylite.runtime.cancellation import check_cancelled
 from dspylite.runtime.settings import SettingsWarning, configure, context, settings
 from dspylite.runtime.threads import (
     ThreadPoolExecutor,
@@ -83,7 +87,9 @@ __all__ = [
     "BaseCallback",
     "BaseLM",
     "BatchError",
+    "BatchInterrupted",
     "BudgetExceededError",
+    "CallCancelledError",
     "ChainOfThought",
     "ChatAdapter",
     "CircuitBreaker",
@@ -146,9 +152,11 @@ __all__ = [
     "bind",
     "bind_iter",
     "budget",
+    "check_cancelled",
     "configure",
     "context",
     "current_call",
+    "finished_results",
     "infer_prefix",
     "is_retryable_lm_error",
     "make_signature",

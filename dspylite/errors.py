@@ -16,6 +16,7 @@ a foreign exception into one of these; that is done at the border that meets the
     ├── BatchError
     ├── ItemSkippedError
     ├── ItemTimeoutError               also a TimeoutError
+    ├── CallCancelledError
     ├── EmbeddingError
     │   ├── EmbeddingShapeError        also a ValueError
     │   └── EmbeddingValueError        also a ValueError
@@ -35,6 +36,8 @@ a foreign exception into one of these; that is done at the border that meets the
         ├── CircuitOpenError
         ├── BudgetExceededError
         └── LMUnexpectedError
+
+Beside it stands `BatchInterrupted`, a `KeyboardInterrupt` that keeps what a batch had finished.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 MAX_MESSAGE_CHARS = 2_000
 """Longest text kept from a provider's answer, so that an HTML error page does not fill a log."""
@@ -68,6 +73,7 @@ _HTTP_MESSAGES = {
     402: "The budget of this service is spent.",
     413: "The request is longer than the model can read.",
     422: "The request cannot be answered as it is.",
+    499: "The request was given up.",
     429: "The model is asked too often just now; try again later.",
     500: "The service is not set up correctly.",
     502: "The model failed to answer.",
@@ -133,7 +139,7 @@ def _state(error: BaseException) -> dict[str, Any]:
     return state
 
 
-def _rebuild(cls: type[DSPyError], args: tuple[Any, ...], state: Mapping[str, Any]) -> DSPyError:
+def _rebuild(cls: type[E], args: tuple[Any, ...], state: Mapping[str, Any]) -> E:
     error = cls.__new__(cls, *args)
     error.args = args  # OSError's __new__ leaves this to an __init__ that is not run here
     for name, value in state.items():
@@ -289,6 +295,83 @@ class ItemTimeoutError(DSPyError, TimeoutError):
         super().__init__(message)
         self.index = index
         self.timeout_s = timeout_s
+
+
+class CallCancelledError(DSPyError):
+    """Work that somebody asked to stop saw it at its next call, wait or item.
+
+    The task that awaited it was cancelled, the client of a web service went away, or the batch it
+    was part of was interrupted. It is raised in sync code, where nothing else could stop it; async
+    code is cancelled by its event loop.
+    """
+
+    http_status = 499  # what proxies and servers log where the client went away
+
+
+class BatchInterrupted(KeyboardInterrupt):
+    """Ctrl-C ended a batch; what it had finished is kept here.
+
+    Like any `KeyboardInterrupt` it passes `except Exception`.
+
+    Attributes:
+        results: Values of the items that succeeded, by index of the item.
+        errors: Exceptions of the items that failed, by index of the item.
+        untried: How many items were never started; None where nobody knows.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        results: Mapping[int, Any],
+        errors: Mapping[int, BaseException],
+        untried: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.results = dict(results)
+        self.errors = dict(errors)
+        self.untried = untried
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild from `args` and attributes, as every error of this package."""
+        return _rebuild, (type(self), self.args, _state(self))
+
+
+def finished_results(error: BaseException) -> dict[int, Any]:
+    """Return what batches had finished before an exception ended them, by index of the item.
+
+    Looks at the exception and at those behind it, the causes and contexts, because an event loop
+    turns Ctrl-C and cancellation into exceptions of its own.
+
+    Args:
+        error: What came out of a batch, or of the code around it: a `BatchError`, a
+            `BatchInterrupted`, a `KeyboardInterrupt` out of `asyncio.run`, a cancellation.
+
+    Returns:
+        The results of the first batch found; an empty dict where there is none.
+
+    Example:
+        >>> try:
+        ...     try:
+        ...         raise BatchError("1 of 2 items failed", results={0: "yes"}, errors={})
+        ...     finally:
+        ...         raise KeyboardInterrupt
+        ... except KeyboardInterrupt as error:
+        ...     finished_results(error)
+        {0: 'yes'}
+    """
+    seen: set[int] = set()
+    behind: list[BaseException | None] = [error]
+    while behind:
+        found = behind.pop(0)
+        if found is None or id(found) in seen:
+            continue
+        if isinstance(found, BatchError | BatchInterrupted):
+            return dict(found.results)
+        seen.add(id(found))
+        inside = found.exceptions if isinstance(found, BaseExceptionGroup) else ()
+        behind += [found.__cause__, found.__context__, *inside]
+    return {}
 
 
 class EmbeddingError(DSPyError):

@@ -339,6 +339,7 @@ HTTP = {
     "BatchError": (500, "batch"),
     "ItemSkippedError": (500, "item_skipped"),
     "ItemTimeoutError": (504, "item_timeout"),
+    "CallCancelledError": (499, "call_cancelled"),
     "EmbeddingError": (502, "embedding"),
     "EmbeddingShapeError": (502, "embedding_shape"),
     "EmbeddingValueError": (502, "embedding_value"),

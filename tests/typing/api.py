@@ -372,11 +372,22 @@ def program_errors(error: dspy.DSPyError) -> ValueError | TypeError | None:
             return error
         case dspy.EmbeddingError():
             assert_type(error.index, int | None)
-        case dspy.FlowError() | dspy.MissingExtraError():
+        case dspy.FlowError() | dspy.MissingExtraError() | dspy.CallCancelledError():
             print(error)
         case _:
             pass
     return None
+
+
+def stopped(work: Callable[[], None]) -> dict[int, Any]:
+    try:
+        dspy.check_cancelled()
+        work()
+    except dspy.BatchInterrupted as interrupt:
+        assert_type(interrupt.results, dict[int, Any])
+        assert_type(interrupt.untried, int | None)
+        return dspy.finished_results(interrupt)
+    return {}
 
 
 # --- Calls: policies, streams, deadlines, budgets -------------------------------------------------
