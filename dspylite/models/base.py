@@ -23,6 +23,7 @@ from dspylite.models.streams import LMStream, WatchedStream
 from dspylite.runtime.bridge import call_in_thread
 from dspylite.runtime.budgets import current_budget
 from dspylite.runtime.calls import Observed
+from dspylite.runtime.cancellation import check_cancelled
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import check_deadline, settings
@@ -191,7 +192,9 @@ class BaseLM:
 
         Raises:
             LMError: The call failed and the chain gave up.
+            CallCancelledError: Somebody asked the work that makes the call to stop.
         """
+        check_cancelled()
         if params:
             _check_call(params)
         merged = {

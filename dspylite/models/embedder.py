@@ -27,6 +27,7 @@ from dspylite.models.offline.engine import OFFLINE_PREFIX
 from dspylite.models.offline.hashing import hash_embedding
 from dspylite.models.parameters import check_params
 from dspylite.models.retry import Retry
+from dspylite.runtime.cancellation import check_cancelled
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import settings
 from dspylite.schema.messages import Usage
@@ -172,6 +173,7 @@ class Embedder:
         ]
 
         async def embed_batch(batch: list[str]) -> list[array[float]]:
+            check_cancelled()
             rows, usage = await self._backend.rows(batch, io)
             if len(rows) != len(batch):
                 raise EmbeddingShapeError(

@@ -7,18 +7,21 @@ No event loop is ever patched. Not here: carrying the context between threads of
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import anyio
 import anyio.to_thread
-from anyio.lowlevel import RunVar
+from anyio.lowlevel import RunVar, current_token
 
+from dspylite.errors import CallCancelledError
+from dspylite.runtime.cancellation import CANCELLATION, Cancellation
 from dspylite.runtime.settings import settings
 from dspylite.runtime.threads import carried_context
 
@@ -29,6 +32,7 @@ DEFAULT_WORKERS = 40
 """Threads of one event loop; must match anyio's own default, which people size servers by."""
 
 _LIMITERS: RunVar[dict[int, anyio.CapacityLimiter]] = RunVar("dspylite_thread_limiters")
+_NO_LIMITER: RunVar[anyio.CapacityLimiter] = RunVar("dspylite_no_limiter")
 _HELD: ContextVar[_Held | None] = ContextVar("dspylite_held_worker", default=None)
 
 
@@ -65,23 +69,105 @@ def _limiter() -> anyio.CapacityLimiter:
     return limiter
 
 
+def _no_limiter() -> anyio.CapacityLimiter:
+    try:
+        return _NO_LIMITER.get()
+    except LookupError:
+        unlimited = anyio.CapacityLimiter(math.inf)
+        _NO_LIMITER.set(unlimited)
+        return unlimited
+
+
+class _Handover:
+    """A function on its way through a worker thread, and the place it takes there.
+
+    The place is given back when the function has ended, not when its caller stops waiting for it:
+    else more threads would run than there are places.
+    """
+
+    __slots__ = ("_ended", "_flag", "_given_up", "_limiter", "_lock", "_post", "_started", "_work")
+
+    def __init__(self, work: Callable[[], Any], limiter: anyio.CapacityLimiter) -> None:
+        self._work = work
+        self._limiter = limiter
+        self._flag = Cancellation(CANCELLATION.get())
+        self._post = poster()
+        self._lock = threading.Lock()  # guards the three below; nothing is called while it is held
+        self._started = self._ended = self._given_up = False
+
+    def on_thread(self) -> tuple[Any] | None:
+        """Run the function; the result is boxed, because trio refuses one that is a coroutine."""
+        with self._lock:
+            if self._given_up:  # nobody waits any more, and the place is another's
+                return None
+            self._started = True
+        # anyio runs this in a copy of the caller's context, which ends with the call.
+        _HELD.set(_Held())
+        CANCELLATION.set(self._flag)
+        try:
+            return (self._work(),)
+        finally:
+            self._leave_thread()
+
+    def _leave_thread(self) -> None:
+        with self._lock:
+            self._ended = True
+            given_up = self._given_up
+        if given_up:
+            try:
+                self._post(self._give_place_back)
+            except RuntimeError:
+                pass  # the loop has ended, and its limits with it
+
+    def end(self) -> None:
+        """Stop waiting, because the function has ended or because the caller must not wait."""
+        with self._lock:
+            self._given_up = True
+            is_running = self._started and not self._ended
+        if is_running:
+            self._flag.cancel("the task that awaited it was cancelled")
+        else:
+            self._give_place_back()
+        self._flag.close()
+
+    def _give_place_back(self) -> None:
+        self._limiter.release_on_behalf_of(self)
+
+
 async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a sync function in a worker thread, in a copy of the caller's context, and await it.
 
     At most `settings.async_max_workers` (40) run at once per event loop; a function that is itself
-    run by one and comes back here is never blocked by its own slot. A cancelled caller waits until
-    the thread ends, so that the slot is not given away while it is used.
+    run by one and comes back here is never blocked by its own slot. A cancelled caller waits no
+    longer; the function is told by its flag to stop (`runtime/cancellation.py`), and keeps its slot
+    until it does.
     """
-    (result,) = await anyio.to_thread.run_sync(
-        partial(_hold_and_call, fn, *args, **kwargs), limiter=_limiter()
-    )
+    limiter = _limiter()
+    handover = _Handover(partial(fn, *args, **kwargs), limiter)
+    try:
+        limiter.acquire_on_behalf_of_nowait(handover)
+    except anyio.WouldBlock:
+        await limiter.acquire_on_behalf_of(handover)
+    try:
+        # The places are counted above; anyio's own count would end with the waiting.
+        boxed = await anyio.to_thread.run_sync(
+            handover.on_thread, abandon_on_cancel=True, limiter=_no_limiter()
+        )
+    finally:
+        handover.end()
+    (result,) = cast("tuple[T]", boxed)  # a caller that still waits has a result
     return result
 
 
-def _hold_and_call(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> tuple[T]:
-    # anyio runs this in a copy of the caller's context, which ends with the call.
-    _HELD.set(_Held())
-    return (fn(*args, **kwargs),)  # boxed: trio refuses a thread's result that is a coroutine
+def poster() -> Callable[[Callable[[], object]], None]:
+    """Return a function that has another function called by this event loop, from any thread.
+
+    It never waits: two loops that wait for each other stand still for ever. It raises RuntimeError
+    where the loop has ended.
+    """
+    token: Any = current_token().native_token
+    post: Any = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
+    return cast("Callable[[Callable[[], object]], None]", post)
 
 
 def running_library() -> str | None:
@@ -124,13 +210,7 @@ def call_async(fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwar
     run = _load_thread_loops().run_on_thread_loop
     if running_library() is None:
         return cast("T", run(call))
-    result: Future[T] = Future()
-    context = carried_context()
-    thread = threading.Thread(
-        target=_deliver, args=(result, partial(context.run, run, call)), daemon=True
-    )
-    thread.start()
-    return result.result()
+    return cast("T", _await_helper(partial(run, call), None))
 
 
 def call_within(seconds: float, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -142,14 +222,43 @@ def call_within(seconds: float, fn: Callable[P, T], /, *args: P.args, **kwargs: 
     Raises:
         TimeoutError: The time is up.
     """
+    return _await_helper(partial(fn, *args, **kwargs), max(0.0, seconds))
+
+
+def _await_helper(work: Callable[[], T], seconds: float | None) -> T:
+    """Run a function on a thread of its own; leave it behind when the time or our work is up."""
     result: Future[T] = Future()
-    work = partial(carried_context().run, partial(fn, *args, **kwargs))
-    threading.Thread(target=_deliver, args=(result, work), daemon=True).start()
-    return result.result(max(0.0, seconds))
+    outer = CANCELLATION.get()
+    with Cancellation(outer) as flag:
+        target = partial(_deliver, result, partial(carried_context().run, work))
+        threading.Thread(target=target, daemon=True).start()
+        handle = None if outer is None else outer.watch(partial(_give_up, result, outer))
+        try:
+            return result.result(seconds)
+        finally:
+            if outer is not None:
+                outer.unwatch(handle)
+            flag.cancel("nobody waits for it any more")
+
+
+def _give_up(result: Future[Any], flag: Cancellation) -> None:
+    try:
+        flag.check()
+    except CallCancelledError as error:
+        _settle(partial(result.set_exception, error))
 
 
 def _deliver(result: Future[Any], work: Callable[[], Any]) -> None:
     try:
-        result.set_result(work())
+        value = work()
     except BaseException as error:  # noqa: BLE001  # handed to the waiting thread, which raises it
-        result.set_exception(error)
+        _settle(partial(result.set_exception, error))
+    else:
+        _settle(partial(result.set_result, value))
+
+
+def _settle(set_: Callable[[], None]) -> None:
+    try:
+        set_()
+    except InvalidStateError:
+        pass  # the waiting thread was told to stop at the same moment

@@ -38,7 +38,7 @@ class Cancellation:
 
     def __init__(self, parent: Cancellation | None = None) -> None:
         self._reason: str | None = None
-        self._watchers: dict[object, Callable[[], None]] = {}
+        self._watchers: dict[object, Callable[[], object]] = {}
         self._token: Token[Cancellation | None] | None = None
         self._parent = parent
         self._in_parent = None if parent is None else parent.watch(self._follow)
@@ -72,7 +72,7 @@ class Cancellation:
         if self._reason is not None:
             raise CallCancelledError(f"Cancelled: {self._reason}.")
 
-    def watch(self, tell: Callable[[], None]) -> object:
+    def watch(self, tell: Callable[[], object]) -> object:
         """Have a function called when the flag is raised; at once if it is.
 
         Args:

@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import anyio
-from anyio.lowlevel import current_token
 
 from dspylite.abc import Clock, Dual, Gate, Io, Ticket
 from dspylite.errors import FlowError
-from dspylite.runtime.bridge import call_async, call_in_thread
+from dspylite.runtime.bridge import call_async, call_in_thread, poster
+from dspylite.runtime.cancellation import CANCELLATION, Cancellation, check_cancelled
 from dspylite.runtime.clock import CLOCK, deadline_error, time_left
 from dspylite.runtime.threads import ThreadPoolExecutor, is_async
 
@@ -60,8 +60,18 @@ class BlockingIo:
         return call_async(_wait_for, value) if isinstance(value, Coroutine) else cast("T", value)
 
     async def sleep(self, seconds: float) -> None:
-        """Block this thread."""
-        CLOCK.get().sleep(seconds)
+        """Block this thread, but no longer than its work may go on."""
+        clock, flag = CLOCK.get(), CANCELLATION.get()
+        if flag is None:
+            clock.sleep(seconds)
+            return
+        stopped = threading.Event()
+        handle = flag.watch(stopped.set)
+        try:
+            clock.wait(stopped, seconds)
+        finally:
+            flag.unwatch(handle)
+        flag.check()
 
     def now(self) -> float:
         """Return the clock's seconds."""
@@ -74,12 +84,16 @@ class BlockingIo:
         width = min(limit, len(items))
         if width <= 1:
             return [await plan(item) for item in items]
-        with ThreadPoolExecutor(width, thread_name_prefix="dspylite-map") as pool:
+        with (
+            Cancellation(CANCELLATION.get()) as flag,
+            ThreadPoolExecutor(width, thread_name_prefix="dspylite-map") as pool,
+        ):
             futures = [pool.submit(_run_plan, plan, item) for item in items]
             try:
                 return [future.result() for future in futures]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                flag.cancel("another part of the same call failed")
                 raise
 
     def time_left(self) -> float | None:
@@ -180,18 +194,23 @@ class _Entry(Generic[K]):
 async def _wait_on_thread(gate: Gate[K], ticket: K, clock: Clock) -> None:
     changed = threading.Event()
     ticket.wake = changed.set
-    while not ticket.granted:
-        seconds = _seconds_to_wait(ticket, clock)
-        if not ticket.granted:  # it may have been since `wake` was set or the event cleared
-            clock.wait(changed, seconds)
-        changed.clear()
-        gate.look(clock.now())
+    flag = CANCELLATION.get()
+    handle = flag and flag.watch(changed.set)
+    try:
+        while not ticket.granted:
+            check_cancelled()
+            seconds = _seconds_to_wait(ticket, clock)
+            if not ticket.granted:  # it may have been since `wake` was set or the event cleared
+                clock.wait(changed, seconds)
+            changed.clear()
+            gate.look(clock.now())
+    finally:
+        if flag is not None:
+            flag.unwatch(handle)
 
 
 async def _wait_on_loop(gate: Gate[K], ticket: K, clock: Clock) -> None:
-    token: Any = current_token().native_token
-    # Posted, not called: two loops that wait for each other's release would stand still for ever.
-    post = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
+    post = poster()
     while not ticket.granted:
         changed = anyio.Event()
         ticket.wake = partial(post, changed.set)

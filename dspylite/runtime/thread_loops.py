@@ -12,6 +12,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from dspylite.runtime.cancellation import CANCELLATION
+
 T = TypeVar("T")
 
 
@@ -29,10 +31,19 @@ class _ThreadLoop:
         return self._pid == os.getpid() and not self._loop.is_closed()
 
     def run(self, fn: Callable[..., Awaitable[T]]) -> T:
-        task = self._loop.create_task(_await(fn))
+        loop = self._loop
+        task = loop.create_task(_await(fn))
+        flag = CANCELLATION.get()
+        handle = flag and flag.watch(lambda: loop.call_soon_threadsafe(task.cancel))
         try:
-            return self._loop.run_until_complete(task)
+            return loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            if flag is not None:
+                flag.check()
+            raise
         finally:  # also after KeyboardInterrupt: nothing stays behind for the next call
+            if flag is not None:
+                flag.unwatch(handle)
             self._cancel_rest()
 
     def _cancel_rest(self) -> None:

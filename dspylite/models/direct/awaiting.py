@@ -20,7 +20,7 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import current_token
 
-from dspylite.errors import LMError, LMTimeoutError, LMTransportError
+from dspylite.errors import DSPyError, LMError, LMTimeoutError, LMTransportError
 from dspylite.models.direct.environment import proxy_for, split_proxy, tls_context
 from dspylite.models.direct.heads import MAX_LINE_BYTES
 from dspylite.models.direct.wire import (
@@ -344,7 +344,7 @@ def _running_loop() -> Any:
         return None
 
 
-def _translated(error: Exception, request: HttpRequest, watch: Watch) -> LMError:
+def _translated(error: Exception, request: HttpRequest, watch: Watch) -> DSPyError:
     if watch.failure is not None:
         return watch.failure
     aiohttp = _load_aiohttp()

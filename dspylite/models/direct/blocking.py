@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from dspylite.errors import LMError, LMTimeoutError, LMTransportError
+from dspylite.errors import DSPyError, LMError, LMTimeoutError, LMTransportError
 from dspylite.models.direct.environment import proxy_for, split_proxy, tls_context
 from dspylite.models.direct.heads import Head, authority_of, head_of, read_head
 from dspylite.models.direct.wire import (
@@ -35,6 +35,7 @@ from dspylite.models.direct.wire import (
     is_blank,
     without_user_info,
 )
+from dspylite.runtime.cancellation import CANCELLATION
 from dspylite.runtime.forks import watch_forks
 
 MAX_KEPT_CONNECTIONS = 1024
@@ -202,6 +203,7 @@ def _connection_class(scheme: str, host: str) -> Any:
                 self.connect()
             sock: Any = self.sock
             watch: Any = _WATCH.get()  # `open_stream` has set it
+            watch.on_stop(functools.partial(_shut_down, sock))
             data = memoryview(head_of(method, url, host=host, headers=headers, body=body))
             # A plain socket counts its time over all of what is sent, TLS anew for each record.
             step = len(data) if type(sock) is socket.socket else _RECORD_BYTES
@@ -287,6 +289,7 @@ class BlockingStream:
                 if decoded := self._body.feed(data):
                     return decoded
             self._check_end()
+            self._watch.close()
             self._response.close()
             self._response.is_complete = True
             self._response.release()
@@ -302,6 +305,8 @@ class BlockingStream:
 
     def _check_end(self) -> None:
         """Refuse a body that ended too early, which the standard library lets pass."""
+        if self._watch.failure is not None:  # broken off, which may look like an end
+            raise self._watch.failure
         if self._is_closed:
             raise self._closed_error()
         if self._response.length:
@@ -346,6 +351,7 @@ class BlockingStream:
     def close(self) -> None:
         """Close the connection, unless the body was read to its end; from any thread."""
         self._is_closed = not self._response.is_complete
+        self._watch.close()
         self._response.release()
 
 
@@ -355,9 +361,11 @@ def open_stream(request: HttpRequest) -> BlockingStream:
     Raises:
         LMTransportError: No connection could be made, or it broke.
         LMTimeoutError: The answer did not begin in time.
+        CallCancelledError: The work that asks was told to stop.
     """
     parts = urllib.parse.urlsplit(request.url)
     watch = Watch(request.limits, request.model)
+    watch.heed(CANCELLATION.get())
     token = _WATCH.set(watch)
     try:
         left = watch.next_wait()
@@ -377,15 +385,17 @@ def open_stream(request: HttpRequest) -> BlockingStream:
             preload_content=False,
             decode_content=False,
         )
-    except LMError:
-        raise
-    except Exception as error:  # noqa: BLE001  # the border: what urllib3 raises is translated here
+    except BaseException as error:
+        watch.close()
+        if isinstance(error, LMError) or not isinstance(error, Exception):
+            raise
         raise _translated(error, request, watch) from cause_to_show(error)
     finally:
         _WATCH.reset(token)
     try:
         return BlockingStream(response, request, watch)
     except LMError:
+        watch.close()
         response.release()
         raise
 
@@ -416,7 +426,7 @@ def _shut_down(sock: Any) -> None:
         pass  # it is shut already
 
 
-def _translated(error: Exception, request: HttpRequest, watch: Watch) -> LMError:
+def _translated(error: Exception, request: HttpRequest, watch: Watch) -> DSPyError:
     if watch.failure is not None:
         return watch.failure
     exceptions = _load_urllib3().exceptions

@@ -8,11 +8,17 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dspylite.errors import LMServerError, LMTimeoutError, LMUnexpectedError
+from dspylite.errors import (
+    CallCancelledError,
+    LMServerError,
+    LMTimeoutError,
+    LMUnexpectedError,
+)
+from dspylite.runtime.cancellation import Cancellation
 from dspylite.runtime.clock import deadline_error
 
 FIRST_BYTE_S = 120.0
@@ -109,7 +115,10 @@ class Watch:
         failure: The error it raised, which a library may have wrapped in one of its own.
     """
 
-    __slots__ = ("_content_at", "_ends_at", "_limits", "_model", "_started_at", "failure")
+    __slots__ = (
+        "_break_off", "_content_at", "_ends_at", "_flag", "_handle", "_limits", "_model",
+        "_started_at", "failure",
+    )  # fmt: skip
 
     def __init__(self, limits: Limits, model: str) -> None:
         self._limits = limits
@@ -117,14 +126,43 @@ class Watch:
         self._started_at = time.monotonic()
         self._ends_at = self._started_at + limits.total_s
         self._content_at: float | None = None
-        self.failure: LMTimeoutError | None = None
+        self.failure: LMTimeoutError | CallCancelledError | None = None
+        self._flag: Cancellation | None = None
+        self._handle: object = None
+        self._break_off: Callable[[], None] | None = None
+
+    def heed(self, flag: Cancellation | None) -> None:
+        """Break the exchange off as soon as a flag is raised, until `close`."""
+        self._flag = flag
+        if flag is not None:
+            self._handle = flag.watch(self._stop)
+
+    def on_stop(self, break_off: Callable[[], None]) -> None:
+        """Say how the exchange is broken off while a thread waits in it."""
+        self._break_off = break_off
+        if isinstance(self.failure, CallCancelledError):
+            raise self.failure
+
+    def close(self) -> None:
+        """Heed the flag no longer; the exchange is over."""
+        if self._flag is not None:
+            self._flag.unwatch(self._handle)
+
+    def _stop(self) -> None:
+        reason = None if self._flag is None else self._flag.reason
+        self.failure = CallCancelledError(f"{self._model}: cancelled while it was asked: {reason}.")
+        if self._break_off is not None:
+            self._break_off()
 
     def next_wait(self) -> float:
         """Return the longest that the next byte may be waited for.
 
         Raises:
             LMTimeoutError: One of the limits is passed.
+            CallCancelledError: The exchange was broken off.
         """
+        if self.failure is not None:
+            raise self.failure
         now = time.monotonic()
         if self._content_at is None:
             ends_at = self._started_at + self._limits.first_byte_s
