@@ -267,7 +267,7 @@ async def test_inputs_and_outputs_may_have_any_name(make: Any, name: str) -> Non
         assert predict(**{name: "the value"}).out == "a"
         assert (await predict.acall(**{name: "the value"})).out == "a"
         assert (await dspylite.asyncify(predict)(**{name: "the value"})).out == "a"
-        assert predict.batch([{name: "the value"}])[0].out == "a"
+        assert (await predict.abatch([{name: "the value"}]))[0].out == "a"
     assert len(lm.requests) == 4
     assert all(f"[[ ## {name} ## ]]\nthe value" in prompt_of(r) for r in lm.requests)
     lm = FakeLM(default={"reasoning": "r", name: "a"})

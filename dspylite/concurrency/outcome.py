@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from dspylite.errors import BatchError, ItemSkippedError
+from dspylite.errors import BatchError, BatchInterrupted, ItemSkippedError
 from dspylite.schema.messages import Usage
 
 T = TypeVar("T")
@@ -83,3 +83,15 @@ def batch_error(
     )
     error.__cause__ = first
     return error
+
+
+def interrupted(outcomes: Sequence[Outcome[Any]]) -> BatchInterrupted:
+    """Make the `KeyboardInterrupt` that keeps what a batch had finished."""
+    results = {o.index: o.value for o in outcomes if o.ok}
+    return BatchInterrupted(
+        f"The batch was interrupted; {len(results)} of {len(outcomes)} items had succeeded. They "
+        "are in `.results` by index.",
+        results=results,
+        errors={o.index: o.error for o in outcomes if o.error is not None and o.attempts},
+        untried=sum(1 for o in outcomes if not o.attempts),
+    )

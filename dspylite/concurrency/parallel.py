@@ -5,18 +5,38 @@ Not here: how a run takes and runs its items (`concurrency/run.py`).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sized
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Callable,
+    Generator,
+    Iterable,
+    Mapping,
+    Sized,
+)
+from contextlib import aclosing, closing
 from typing import Any, Literal, TypedDict
 
-from dspylite.concurrency.outcome import batch_error
+from dspylite.concurrency.crew import Crew
+from dspylite.concurrency.outcome import Outcome, batch_error, interrupted
 from dspylite.concurrency.progress import Bar, show_progress
-from dspylite.concurrency.run import Job, Limits, Progress, Run
-from dspylite.errors import InputFieldError, SettingsError
-from dspylite.runtime.settings import settings
+from dspylite.concurrency.run import BUDGET, Item, Job, Limits, Progress, Run
+from dspylite.concurrency.tasks import Tasks
+from dspylite.errors import (
+    BatchError,
+    CallCancelledError,
+    FlowError,
+    InputFieldError,
+    SettingsError,
+)
+from dspylite.runtime.bridge import is_in_notebook, running_library
+from dspylite.runtime.settings import check_deadline, settings
 from dspylite.schema.records import Example
 
 OnError = Literal["raise", "return"]
 _AsJob = Callable[[int, Any], Job]
+_ROOM = 2
+"""Ended items for each worker that wait until they are asked for; guessed."""
 
 
 class BatchOptions(TypedDict, total=False):
@@ -28,6 +48,7 @@ class BatchOptions(TypedDict, total=False):
     straggler_limit: int
     timeout_s: float | None
     total_timeout_s: float | None
+    hedge_after_s: float | None
     progress: bool | Progress
 
 
@@ -54,6 +75,9 @@ class Parallel:
         timeout_s: Wall time of one item, in seconds; an item that takes longer is reported as an
             `ItemTimeoutError` and never holds up the others. None: no bound.
         total_timeout_s: Wall time of the whole run, in seconds. None: no bound.
+        hedge_after_s: Seconds after which an item that has not ended is started a second time,
+            besides the first; whichever succeeds first counts, and the other is told to stop. Both
+            may be paid for. None: every item runs once.
         progress: True draws a bar on stderr if that is a terminal (needs the extra `progress`); a
             function is called as `progress(done, total, errors)` after each item.
 
@@ -80,6 +104,7 @@ class Parallel:
         on_error: OnError = "raise",
         timeout_s: float | None = None,
         total_timeout_s: float | None = None,
+        hedge_after_s: float | None = None,
         progress: bool | Progress = False,
     ) -> None:
         for name, value in (("num_threads", num_threads), ("max_errors", max_errors)):
@@ -89,9 +114,12 @@ class Parallel:
                 raise SettingsError(
                     f"`{name}` must be a whole number of at least 1, not {value!r}."
                 )
-        for name, seconds in (("timeout_s", timeout_s), ("total_timeout_s", total_timeout_s)):
-            if seconds is not None and not seconds > 0:
-                raise SettingsError(f"`{name}` must be seconds above 0, not {seconds!r}.")
+        for name, seconds in (
+            ("timeout_s", timeout_s),
+            ("total_timeout_s", total_timeout_s),
+            ("hedge_after_s", hedge_after_s),
+        ):
+            check_deadline(name, seconds)
         if on_error not in ("raise", "return"):
             raise SettingsError(f'`on_error` must be "raise" or "return", not {on_error!r}.')
         self.num_threads = num_threads
@@ -105,6 +133,7 @@ class Parallel:
         self.on_error = on_error
         self.timeout_s = timeout_s
         self.total_timeout_s = total_timeout_s
+        self.hedge_after_s = hedge_after_s
         self.progress = progress
 
     def __call__(self, exec_pairs: Iterable[Any]) -> Any:
@@ -120,6 +149,10 @@ class Parallel:
 
         Raises:
             BatchError: An item failed, or the input did; it keeps what finished.
+            BatchInterrupted: Ctrl-C, a `KeyboardInterrupt` that keeps what finished.
+            CallCancelledError: The work that this is part of was told to stop; a `BatchError`
+                with what finished is its cause.
+            FlowError: An event loop runs on this thread and would stand still; await `acall`.
         """
         return self._over(exec_pairs, self._pair_as_job)
 
@@ -128,49 +161,133 @@ class Parallel:
     async def acall(self, exec_pairs: Iterable[Any] | AsyncIterable[Any]) -> Any:
         """Run all pairs as tasks of this event loop; otherwise as `__call__`.
 
-        Modules are awaited natively; sync functions run in worker threads.
+        Modules are awaited natively; sync functions run in worker threads. Where the task is
+        cancelled, `finished_results` finds in the exception what had finished.
         """
         return await self._aover(exec_pairs, self._pair_as_job)
 
     def over(self, program: Any, items: Iterable[Any]) -> Any:
         """Run one program over many inputs and wait; results as `__call__` gives them."""
-        return self._over(items, lambda index, item: self._as_job(index, item, program, item))
+        return self._over(items, self._item_as_job(program))
 
     async def aover(self, program: Any, items: Iterable[Any] | AsyncIterable[Any]) -> Any:
         """Run one program over many inputs as tasks of this event loop."""
-        return await self._aover(
-            items, lambda index, item: self._as_job(index, item, program, item)
-        )
+        return await self._aover(items, self._item_as_job(program))
+
+    def each(
+        self, program: Any, items: Iterable[Any]
+    ) -> Generator[tuple[int, Outcome[Any]], None, None]:
+        """Run one program over many inputs; give (index, outcome) of each as soon as it ends.
+
+        It begins with the first outcome asked for, keeps no outcome, and does not run ahead of the
+        one who asks by more than a few items. Closing it, or dropping it, stops the workers.
+
+        Args:
+            program: A module or function.
+            items: As for `over`.
+
+        Raises:
+            BatchError: After the last outcome, where the run stopped before its input ended: at
+                `max_errors` or `total_timeout_s`, or because the input failed.
+            FlowError: An event loop runs on this thread; use `aeach`.
+        """
+        self._check_items(items)
+        _refuse_running_loop("abatch_iter")
+        width = self._width()
+        crew = Crew(width, _ROOM * width)
+        bar = self._bar(items)
+        run = self._run(items, self._item_as_job(program), bar, hand_out=crew.hand_out)
+        return self._outcomes(run, crew, bar)
+
+    def aeach(
+        self, program: Any, items: Iterable[Any] | AsyncIterable[Any]
+    ) -> AsyncGenerator[tuple[int, Outcome[Any]], None]:
+        """Run one program over many inputs as tasks of this event loop; otherwise as `each`."""
+        self._check_items(items, may_be_async=True)
+        width = self._width()
+        tasks = Tasks(width, _ROOM * width)
+        bar = self._bar(items)
+        run = self._run(items, self._item_as_job(program), bar, hand_out=tasks.hand_out)
+        return self._aoutcomes(run, tasks, bar)
+
+    def _outcomes(
+        self, run: Run, crew: Crew, bar: Bar
+    ) -> Generator[tuple[int, Outcome[Any]], None, None]:
+        with bar, closing(crew.each(run)) as items:
+            for item in items:
+                yield item.index, item.outcome()
+        if (error := run.early_end()) is not None:
+            raise error
+
+    async def _aoutcomes(
+        self, run: Run, tasks: Tasks, bar: Bar
+    ) -> AsyncGenerator[tuple[int, Outcome[Any]], None]:
+        with bar:
+            async with aclosing(tasks.each(run)) as items:
+                async for item in items:
+                    yield item.index, item.outcome()
+        if (error := run.early_end()) is not None:
+            raise error
 
     def _over(self, items: object, as_job: _AsJob) -> Any:
-        if not isinstance(items, Iterable):
-            form = (
-                "an async iterable; await `acall`"
-                if isinstance(items, AsyncIterable)
-                else repr(items)
-            )
-            raise InputFieldError(f"A batch needs an iterable of items, not {form}.")
-        with self._bar(items) as bar:
-            run = self._run(items, as_job, bar)
-            run.on_threads(self._width())
-        return self._result(run)
+        checked = self._check_items(items)
+        _refuse_running_loop("acall` or `abatch")
+        with self._bar(checked) as bar:
+            run = self._run(checked, as_job, bar)
+            try:
+                Crew(self._width()).work(run)
+                return self._result(run)
+            except KeyboardInterrupt as error:
+                raise interrupted(run.outcomes()) from error
+            except CallCancelledError as error:
+                raise error from self._cut_short(run)
 
     async def _aover(self, items: object, as_job: _AsJob) -> Any:
-        if not isinstance(items, Iterable | AsyncIterable):
-            raise InputFieldError(f"A batch needs an iterable of items, not {items!r}.")
-        with self._bar(items) as bar:
-            run = self._run(items, as_job, bar)
-            await run.as_tasks(self._width())
-        return self._result(run)
+        checked = self._check_items(items, may_be_async=True)
+        with self._bar(checked) as bar:
+            run = self._run(checked, as_job, bar)
+            try:
+                await Tasks(self._width()).work(run)
+                return self._result(run)
+            except BatchError:
+                raise
+            except BaseException as error:
+                if _has_interrupt(error):
+                    raise interrupted(run.outcomes()) from error
+                error.__cause__ = self._cut_short(run)
+                raise
+
+    def _cut_short(self, run: Run) -> BatchError:
+        return batch_error(
+            run.outcomes(), reason=f"the batch stopped because {run.stop_reason}", cause=None
+        )
+
+    def _check_items(self, items: object, *, may_be_async: bool = False) -> Any:
+        if isinstance(items, Iterable) or (may_be_async and isinstance(items, AsyncIterable)):
+            return items
+        form = (
+            "an async iterable; await `acall` or `abatch`"
+            if isinstance(items, AsyncIterable)
+            else repr(items)
+        )
+        raise InputFieldError(f"A batch needs an iterable of items, not {form}.")
 
     def _width(self) -> int:
         return settings.num_threads if self.num_threads is None else self.num_threads
 
     def _bar(self, items: Any) -> Bar:
-        wanted = self.progress is True and not self.disable_progress_bar
+        # A batch inside another would draw over its bar.
+        is_outermost = BUDGET.get() is None
+        wanted = self.progress is True and not self.disable_progress_bar and is_outermost
         return show_progress(_size(items), wanted=wanted)
 
-    def _run(self, items: Any, as_job: _AsJob, bar: Bar) -> Run:
+    def _run(
+        self,
+        items: Any,
+        as_job: _AsJob,
+        bar: Bar,
+        hand_out: Callable[[Item], object] | None = None,
+    ) -> Run:
         traceback = self.provide_traceback
         return Run(
             items,
@@ -179,13 +296,19 @@ class Parallel:
                 max_errors=settings.max_errors if self.max_errors is None else self.max_errors,
                 timeout_s=self.timeout_s,
                 total_timeout_s=self.total_timeout_s,
+                hedge_after_s=self.hedge_after_s,
             ),
             total=_size(items),
             progress=self.progress if callable(self.progress) else bar.update,
             log_tracebacks=bool(settings.provide_traceback if traceback is None else traceback),
+            keeps_outcomes=self.on_error == "return" and not self.return_failed_examples,
+            hand_out=hand_out,
         )
 
     def _result(self, run: Run) -> Any:
+        values = run.values()
+        if values is not None:
+            return (values, [], []) if self.return_failed_examples else values
         outcomes = run.outcomes()
         failed = [outcome for outcome in outcomes if not outcome.ok]
         if run.input_error is not None:
@@ -207,9 +330,12 @@ class Parallel:
                 f"Item {index} must be a pair of a program and its inputs, not {pair!r:.200}; "
                 "for one program over many inputs use `program.batch(inputs)`."
             )
-        return self._as_job(index, pair, pair[0], pair[1])
+        return self._as_job(pair[0], pair[1])
 
-    def _as_job(self, index: int, source: Any, target: Any, inputs: Any) -> Job:
+    def _item_as_job(self, program: Any) -> _AsJob:
+        return lambda index, item: self._as_job(program, item)  # noqa: ARG005
+
+    def _as_job(self, target: Any, inputs: Any) -> Job:
         args: tuple[Any, ...] = ()
         kwargs: Mapping[str, Any] = {}
         if isinstance(inputs, Example):
@@ -225,8 +351,29 @@ class Parallel:
             args = tuple(inputs)
         else:
             args = (inputs,)
-        return Job(index=index, source=source, target=target, args=args, kwargs=kwargs)
+        return Job(target, args, kwargs)
 
 
 def _size(items: Any) -> int | None:
     return len(items) if isinstance(items, Sized) else None
+
+
+def _refuse_running_loop(name: str) -> None:
+    """Refuse to block an event loop, as long as it is not a notebook's.
+
+    Raises:
+        FlowError: One runs on this thread.
+    """
+    library = running_library()
+    if library is not None and not is_in_notebook():
+        raise FlowError(
+            f"A batch that blocks its thread was called inside a running {library} event loop, "
+            f"which would stand still meanwhile; await `{name}` instead."
+        )
+
+
+def _has_interrupt(error: BaseException) -> bool:
+    """Tell whether Ctrl-C is what an event loop raised, alone or in a group."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(KeyboardInterrupt) is not None
+    return isinstance(error, KeyboardInterrupt)

@@ -1,53 +1,48 @@
-"""One run over many items: takes items, runs each in a context of its own, keeps every outcome.
+"""One run over many items: what is taken, what is under way, how each item ended.
 
-The state is shared by both drivers; how items are waited for, on threads or as tasks, is what
-differs. Not here: the forms of input and output that users see (`concurrency/parallel.py`).
+The state is shared by both drivers. Not here: how items are waited for, on threads
+(`concurrency/crew.py`) or as tasks (`concurrency/tasks.py`), and the forms of input and output that
+users see (`concurrency/parallel.py`).
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
-
-import anyio
+from typing import Any, NamedTuple
 
 from dspylite.abc import Io
 from dspylite.concurrency.outcome import Outcome, skipped
-from dspylite.errors import ItemTimeoutError
+from dspylite.errors import BatchError, CallCancelledError, ItemTimeoutError
 from dspylite.runtime.calls import set_item_index
-from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
+from dspylite.runtime.cancellation import CANCELLATION, Cancellation
+from dspylite.runtime.flow import Both
 from dspylite.runtime.settings import pin, settings
-from dspylite.runtime.threads import InContext, carried_context
+from dspylite.runtime.threads import carried_context
 from dspylite.runtime.tracking import UsageTracker
 
 logger = logging.getLogger(__name__)
-
-_WORKER_NUMBERS = itertools.count(1)
 
 Progress = Callable[[int, int | None, int], object]
 """Called after each item with (done, total or None if unknown, errors), from the worker."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+_NONE_YET: Any = object()
+
+
+class Job(NamedTuple):
     """One item, made callable.
 
     Attributes:
-        index: Its place in the input.
-        source: The item as the user gave it.
         target: The module or function to call.
         args: Positional arguments.
         kwargs: Keyword arguments.
     """
 
-    index: int
-    source: Any
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -55,54 +50,102 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """When a run stops early, and when an item is given up.
+    """When a run stops early, and when an item is given up or started once more.
 
     Attributes:
         max_errors: Failures after which no further item is taken; None for no bound.
         timeout_s: Wall time of one item, in seconds.
         total_timeout_s: Wall time of the run, in seconds.
+        hedge_after_s: Seconds after which an item that has not ended is started a second time.
     """
 
     max_errors: int | None = None
     timeout_s: float | None = None
     total_timeout_s: float | None = None
+    hedge_after_s: float | None = None
 
-
-async def _invoke(io: Io, job: Job) -> Any:
-    if hasattr(job.target, "acall"):
-        return await io.call(Both(job.target, job.target.acall), *job.args, **job.kwargs)
-    return await io.any(job.target, *job.args, **job.kwargs)
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody else than its worker may end an item."""
+        return (self.timeout_s, self.total_timeout_s, self.hedge_after_s) != (None, None, None)
 
 
 class Budget:
-    """Threads that one outermost run and all runs nested in it may use together."""
+    """Workers that one outermost run and all runs nested in it may use together.
 
-    def __init__(self, threads: int) -> None:
+    Threads and tasks count alike.
+    """
+
+    def __init__(self, workers: int) -> None:
         self._lock = threading.Lock()  # guards the count; nothing is called while it is held
-        self._free = threads
+        self._free = workers
 
     def take(self, wanted: int) -> int:
-        """Take up to `wanted` threads; return how many there were."""
+        """Take up to `wanted` workers; return how many there were."""
         with self._lock:
             taken = max(0, min(wanted, self._free))
             self._free -= taken
             return taken
 
     def give(self) -> None:
-        """Give one thread back."""
+        """Give one worker back."""
         with self._lock:
             self._free += 1
 
 
-_BUDGET: ContextVar[Budget | None] = ContextVar("dspylite_thread_budget", default=None)
+BUDGET: ContextVar[Budget | None] = ContextVar("dspylite_worker_budget", default=None)
+"""The workers of the outermost run that this context is part of; None outside of runs."""
 
 
-class _Taken(NamedTuple):
-    """An item that a worker has taken from the input."""
+class Item:
+    """One item that a worker has taken, and what became of it.
 
-    place: int  # a tuple has an `index` of its own
-    source: Any
-    started: float
+    Attributes:
+        index: Its place in the input.
+        source: The item as the user gave it; dropped when it succeeded.
+        started: When, on the monotonic clock.
+        tracker: Counts what it spends.
+        flag: Raised to stop it; None where nobody but the whole run is ever stopped.
+        attempts: How often it was started.
+        running: How many of these have not ended.
+        has_worker: Whether its worker is still in it; False once that goes on to other items.
+        value: What it returned.
+        error: What it raised, the first time if it was started twice.
+        ok: Whether it succeeded.
+        seconds: Wall time to its end.
+    """
+
+    __slots__ = (
+        "attempts", "error", "flag", "has_worker", "index", "ok", "running", "seconds", "source",
+        "started", "tracker", "value",
+    )  # fmt: skip
+
+    def __init__(
+        self, index: int, source: Any, parent: UsageTracker | None, flag: Cancellation | None
+    ) -> None:
+        self.index = index
+        self.source = source
+        self.started = time.monotonic()
+        self.tracker = UsageTracker(parent)
+        self.flag = flag
+        self.attempts = self.running = 1
+        self.has_worker = True
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.ok = False
+        self.seconds = 0.0
+
+    def outcome(self) -> Outcome[Any]:
+        """Return how it ended, in the form that users see."""
+        return Outcome(
+            index=self.index,
+            ok=self.ok,
+            value=self.value,
+            error=self.error,
+            attempts=self.attempts,
+            seconds=self.seconds,
+            usage=self.tracker.by_model,
+        )
 
 
 class Run:
@@ -115,6 +158,8 @@ class Run:
         total: How many items there are, if known.
         progress: Told after each item.
         log_tracebacks: Whether failures are logged with their traceback.
+        keeps_outcomes: Whether all is kept that `outcomes` can tell; else values and failures.
+        hand_out: Receives each item when it has ended, under the run's lock, instead of keeping it.
     """
 
     def __init__(
@@ -126,310 +171,303 @@ class Run:
         total: int | None,
         progress: Progress | None,
         log_tracebacks: bool,
+        keeps_outcomes: bool = True,
+        hand_out: Callable[[Item], object] | None = None,
     ) -> None:
-        self._iterator: Iterator[Any] | AsyncIterator[Any] = (
-            iter(items) if isinstance(items, Iterable) else aiter(items)
-        )
-        self._as_job = as_job
-        self._limits = limits
+        self.as_job = as_job
+        self.limits = limits
         self.total = total
         self._progress = progress
         self._log_tracebacks = log_tracebacks
-        # `_lock` guards all that follows; no user code runs while it is held.
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        # `_taking` guards the user's iterator; it is taken before `_lock`, never inside it.
-        self._taking = threading.Lock()
-        # `_telling` keeps progress reports in order; it is taken before `_lock`, never inside it.
-        self._telling = threading.Lock()
-        self._outcomes: dict[int, Outcome[Any]] = {}
-        self._sources: dict[int, Any] = {}  # of items under way or failed
-        self._active: dict[int, float] = {}  # index -> start on the monotonic clock
-        self._taken = 0
-        self._errors = 0
-        self._exhausted = False
-        self._stop_reason = ""
+        self._keeps_outcomes = keeps_outcomes
+        self._hand_out = hand_out
+        self.is_async = not isinstance(items, Iterable)
+        self._iterator: Any = iter(items) if isinstance(items, Iterable) else aiter(items)
         self.input_error: BaseException | None = None
+        self.is_exhausted = False
+        self.stop_reason = ""
+        # `lock` guards the counts, the attempts of items, and the end of those items whose end
+        # somebody may wait for; no user code runs while it is held. An item that just succeeds
+        # takes no lock but that of the input: eight threads that meet at more spend their time
+        # there. `_active` is a dict whose single steps are atomic, and who takes an item out of it
+        # has the last word on that item.
+        self.lock = threading.Lock()
+        self.locks_ends = limits.is_watched or limits.max_errors is not None or hand_out is not None
+        # `_taking` guards the user's iterator and the places of items.
+        self._taking = threading.Lock()
+        # `_telling` keeps progress reports in order; it is taken before `lock`, never inside it.
+        self._telling = threading.Lock()
+        self._active: dict[int, Item] = {}
+        self._values: list[Any] = []  # by index; `_NONE_YET` where no value is kept
+        self._items: dict[int, Item] = {}  # failures, and with `keeps_outcomes` all
+        self._taken = 0
+        self._refused = 0
+        self._ended = 0
+        self._errors = 0
+        self.outer_budget = BUDGET.get()
+        self.flag = Cancellation()
         self._context = carried_context()
         self._parent_tracker: UsageTracker | None = settings.usage_tracker
         self._pinned = settings.snapshot().values
-        self._deadline = (
-            None if limits.total_timeout_s is None else time.monotonic() + limits.total_timeout_s
-        )
 
-    # -- what both drivers share ------------------------------------------------------------------
+    # -- the beginning of an item ------------------------------------------------------------------
 
     @property
-    def stop_reason(self) -> str:
-        """Why the run stopped before its input ended; empty if it did not."""
-        return self._stop_reason
+    def is_closed(self) -> bool:
+        """Whether no further item is taken."""
+        return self.is_exhausted or self.is_stopped
 
-    def _closed(self) -> bool:
-        return self._exhausted or bool(self._stop_reason)
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it ended before its input did."""
+        return bool(self.stop_reason) or self.flag.reason is not None
+
+    def open(self) -> None:
+        """Take part in what surrounds the run, when it begins; `close` ends it."""
+        self.flag = Cancellation(self._context.get(CANCELLATION))
+        self._context.run(CANCELLATION.set, self.flag)
+
+    def set_budget(self, budget: Budget) -> None:
+        """Have the runs nested in this one share its workers."""
+        self._context.run(BUDGET.set, budget)
 
     def stop(self, reason: str) -> None:
-        """Take no further item."""
-        with self._lock:
-            self._stop_reason = self._stop_reason or reason
-            self._changed.notify_all()
+        """Take no further item.
 
-    def _begin(self, source: Any) -> _Taken | None:
-        with self._lock:
-            if self._stop_reason:  # it came while the input was being read; nobody waits any more
-                return None
-            index = self._taken
-            self._taken += 1
-            self._sources[index] = source
-            started = self._active[index] = time.monotonic()
-            return _Taken(index, source, started)
-
-    def _end_of_input(self, error: BaseException | None = None) -> None:
-        with self._lock:
-            self._exhausted = True
-            self.input_error = error
-            self._changed.notify_all()
-
-    def finish(self, outcome: Outcome[Any]) -> bool:
-        """Record how an item ended; False if it had been given up before."""
-        if self._progress is None:
-            return self._record(outcome) is not None
-        with self._telling:
-            counts = self._record(outcome)
-            if counts is None:
-                return False
-            done, errors = counts
-            try:
-                self._progress(done, self.total, errors)
-            except Exception:  # reported here; a broken progress display must not harm the batch
-                logger.warning("the progress callback failed", exc_info=True)
-            return True
-
-    def _record(self, outcome: Outcome[Any]) -> tuple[int, int] | None:
-        """Keep an outcome; return how many items are done and how many of them failed."""
-        with self._lock:
-            if outcome.index not in self._active:
-                return None
-            del self._active[outcome.index]
-            self._outcomes[outcome.index] = outcome
-            if outcome.ok:
-                del self._sources[outcome.index]
-            else:
-                self._errors += 1
-                most = self._limits.max_errors
-                if most is not None and self._errors >= most and not self._stop_reason:
-                    self._stop_reason = f"the limit of {most} errors was reached"
-            if not self._active:
-                self._changed.notify_all()
-            return len(self._outcomes), self._errors
-
-    def _context_of(self, index: int, tracker: UsageTracker) -> Context:
-        context = self._context.copy()
-        context.run(_enter_item, index, {**self._pinned, "usage_tracker": tracker})
-        return context
-
-    def _outcome(
-        self,
-        index: int,
-        started: float,
-        tracker: UsageTracker,
-        error: BaseException | None,
-        value: Any,
-    ) -> Outcome[Any]:
-        if error is not None and self._log_tracebacks:
-            logger.error("item %d failed", index, exc_info=error)
-        return Outcome(
-            index=index,
-            ok=error is None,
-            value=value,
-            error=error,
-            seconds=time.monotonic() - started,
-            usage=tracker.by_model,
-        )
-
-    def outcomes(self) -> list[Outcome[Any]]:
-        """Return one outcome per item of the input, as far as it is known, in input order."""
-        with self._lock:
-            known = max(self._taken, self.total or 0)
-            reason = self._stop_reason or "the batch ended before it"
-            return [self._outcomes.get(index) or skipped(index, reason) for index in range(known)]
-
-    def source(self, index: int) -> Any:
-        """Return the item of a failure as the user gave it."""
-        return self._sources.get(index)
-
-    def _timed_out(self, index: int, timeout_s: float) -> Outcome[Any]:
-        error = ItemTimeoutError(
-            f"Item {index} was given {timeout_s:g} s and did not end in time.",
-            index=index,
-            timeout_s=timeout_s,
-        )
-        return Outcome(index=index, ok=False, error=error, seconds=timeout_s)
-
-    # -- on threads -------------------------------------------------------------------------------
-
-    def on_threads(self, num_threads: int) -> None:
-        """Run to the end on worker threads and wait for it on this one.
-
-        A run inside another shares its threads: this thread then works too, with as many others as
-        the outermost run has to spare.
+        Args:
+            reason: Why, such as `"it was interrupted"`.
         """
-        width = num_threads if self.total is None else max(1, min(num_threads, self.total))
-        timed = self._limits.timeout_s is not None or self._deadline is not None
-        budget = _BUDGET.get()
-        works_too = budget is not None and not timed  # a thread that keeps the time cannot work
-        if budget is None:
-            budget = Budget(num_threads)
-            self._context.run(_BUDGET.set, budget)
-        crew = budget.take(width - works_too)
-        try:
-            for _ in range(crew):
-                self._start_worker(budget)
-            if works_too:
-                self._work()
-            elif not crew:  # nested and timed, with no thread to spare: one more than the budget
-                self._start_worker(None)
-            self._wait(budget)
-        except BaseException:  # Ctrl-C: workers take nothing more; being daemons they delay no exit
-            self.stop("it was interrupted")
-            raise
+        self.stop_reason = self.stop_reason or reason
 
-    def _start_worker(self, budget: Budget | None) -> None:
-        def work() -> None:
-            try:
-                self._work()
-            finally:
-                if budget is not None:
-                    budget.give()
-
-        name = f"dspylite-worker-{next(_WORKER_NUMBERS)}"
-        threading.Thread(target=work, name=name, daemon=True).start()
-
-    def _work(self) -> None:
-        while (taken := self._take()) is not None:
-            if not self._run_item(taken):
-                return  # given up for taking too long; another worker has this one's place
-
-    def _take(self) -> _Taken | None:
-        if self._closed():
+    def take(self) -> Item | None:
+        """Start the next item; None at the end."""
+        if self.is_closed:  # also while another worker waits for the input
             return None
         with self._taking:
-            if self._closed():
+            if self.is_closed:
                 return None
             try:
-                source = next(cast("Iterator[Any]", self._iterator))  # async inputs go by `_atake`
+                source = next(self._iterator)
             except StopIteration:
-                self._end_of_input()
+                self.is_exhausted = True
                 return None
             except Exception as error:  # noqa: BLE001  # the user's iterator; cause of the BatchError
-                self._end_of_input(error)
+                self._input_failed(error)
                 return None
-            return self._begin(source)
+            index = self._next_place()
+        return self._begin(index, source)
 
-    def _run_item(self, taken: _Taken) -> bool:
-        index, source, started = taken
-        tracker = UsageTracker(self._parent_tracker)
-        context = self._context_of(index, tracker)
-        error: BaseException | None = None
-        value: Any = None
-        try:
-            job = self._as_job(index, source)
-            value = context.run(run_flow, _invoke(BLOCKING, job))
-        except BaseException as caught:  # noqa: BLE001  # a worker's border: SystemExit too is kept
-            error = caught
-        return self.finish(self._outcome(index, started, tracker, error, value))
-
-    def _wait(self, budget: Budget) -> None:
-        while True:
-            late: list[tuple[int, float]] = []
-            with self._lock:
-                if self._closed() and not self._active:
-                    break
-                now = time.monotonic()
-                late, wait_s = self._late(now)
-                if not late:
-                    self._changed.wait(wait_s)
-            for index, timeout_s in late:
-                if self.finish(self._timed_out(index, timeout_s)) and not self._closed():
-                    self._start_worker(budget if budget.take(1) else None)
-        with self._telling:  # the last report is out before the caller has its results
-            return
-
-    def _late(self, now: float) -> tuple[list[tuple[int, float]], float | None]:
-        """Find items whose time is up, and how long to wait until the next may be."""
-        if self._deadline is not None and now >= self._deadline:
-            total = self._limits.total_timeout_s or 0.0
-            self._stop_reason = self._stop_reason or f"its {total:g} s were over"
-            return [(index, now - start) for index, start in self._active.items()], 0
-        waits = [] if self._deadline is None else [self._deadline - now]
-        late: list[tuple[int, float]] = []
-        if (limit := self._limits.timeout_s) is not None:
-            for index, start in self._active.items():
-                if now >= start + limit:
-                    late.append((index, limit))
-                else:
-                    waits.append(start + limit - now)
-            waits.append(limit)  # an item taken meanwhile is late no sooner than this
-        return late, min(waits, default=None)
-
-    # -- as tasks ---------------------------------------------------------------------------------
-
-    async def as_tasks(self, num_tasks: int) -> None:
-        """Run to the end as tasks of this event loop."""
-        width = num_tasks if self.total is None else max(1, min(num_tasks, self.total))
-        taking = anyio.Lock()
-        with anyio.CancelScope() as scope:
-            if self._limits.total_timeout_s is not None:
-                scope.deadline = anyio.current_time() + self._limits.total_timeout_s
-            async with anyio.create_task_group() as group:
-                for _ in range(width):
-                    group.start_soon(self._work_as_task, taking)
-        if scope.cancelled_caught:
-            self.stop(f"its {self._limits.total_timeout_s:g} s were over")
-            for index, start in list(self._active.items()):
-                self.finish(self._timed_out(index, time.monotonic() - start))
-
-    async def _work_as_task(self, taking: anyio.Lock) -> None:
-        while True:
-            async with taking:
-                taken = await self._atake()
-            if taken is None:
-                return
-            await self._run_item_as_task(taken)
-
-    async def _atake(self) -> _Taken | None:
-        if isinstance(self._iterator, Iterator):
-            return self._take()
-        if self._closed():
+    async def atake(self) -> Item | None:
+        """Start the next item of an async iterable; None at the end. For one task at a time."""
+        if self.is_closed:
             return None
         try:
             source = await anext(self._iterator)
         except StopAsyncIteration:
-            self._end_of_input()
+            self.is_exhausted = True
             return None
         except Exception as error:  # noqa: BLE001  # the user's iterator; cause of the BatchError
-            self._end_of_input(error)
+            self._input_failed(error)
             return None
-        return self._begin(source)
+        return self._begin(self._next_place(), source)
 
-    async def _run_item_as_task(self, taken: _Taken) -> None:
-        index, source, started = taken
-        tracker = UsageTracker(self._parent_tracker)
-        context = self._context_of(index, tracker)
-        error: BaseException | None = None
-        value: Any = None
-        timeout_s = self._limits.timeout_s
-        with anyio.move_on_after(timeout_s) as scope:
+    def _input_failed(self, error: BaseException) -> None:
+        self.input_error = error
+        self.is_exhausted = True
+
+    def _next_place(self) -> int:
+        index = self._taken
+        self._taken += 1
+        if self._hand_out is None:
+            self._values.append(_NONE_YET)
+        return index
+
+    def _begin(self, index: int, source: Any) -> Item | None:
+        flag = Cancellation(self.flag) if self.limits.is_watched else None
+        item = Item(index, source, self._parent_tracker, flag)
+        self._active[index] = item
+        if self.is_stopped:  # that came while the input was being read
+            self._active.pop(index, None)
+            with self.lock:
+                self._refused += 1
+            return None
+        return item
+
+    @property
+    def active(self) -> list[Item]:
+        """The items under way."""
+        return list(self._active.copy().values())
+
+    def is_active(self, item: Item) -> bool:
+        """Tell whether an item is under way."""
+        return item.index in self._active
+
+    def context_of(self, item: Item) -> Context:
+        """Return the context that one attempt at an item runs in."""
+        context = self._context.copy()
+        context.run(_enter_item, item, {**self._pinned, "usage_tracker": item.tracker})
+        return context
+
+    # -- the end of an item ------------------------------------------------------------------------
+
+    def end_attempt(self, item: Item, error: BaseException | None, value: Any) -> bool:
+        """Record how one attempt at an item ended; False if it changed nothing any more."""
+        if item.flag is None:
+            return self._end(item, error, value)
+        with self.lock:
+            item.running -= 1
+            if item.error is None:
+                item.error = error
+            if error is not None and item.running:
+                return True  # the other attempt may still succeed
+        return self._end(item, None if error is None else item.error, value)
+
+    def give_up(self, item: Item, error: BaseException) -> bool:
+        """End an item from outside; False if it has ended by itself."""
+        return self._end(item, error)
+
+    def _end(self, item: Item, error: BaseException | None, value: Any = None) -> bool:
+        if self._progress is None:
+            return self._record(item, error, value)
+        with self._telling:
+            if not self._record(item, error, value):
+                return False
+            self._ended += 1
             try:
-                job = self._as_job(index, source)
-                value = await InContext(context.run(_invoke, ASYNC, job), context)
-            except (Exception, SystemExit) as caught:  # noqa: BLE001  # a worker's border: it is kept
-                error = caught
-        if scope.cancelled_caught and timeout_s is not None:
-            self.finish(self._timed_out(index, timeout_s))
+                self._progress(self._ended, self.total, self._errors)
+            except Exception:  # reported here; a broken progress display must not harm the batch
+                logger.warning("the progress callback failed", exc_info=True)
+            return True
+
+    def _record(self, item: Item, error: BaseException | None, value: Any) -> bool:
+        if error is None and not self.locks_ends:
+            return self._store(item, None, value)
+        with self.lock:
+            is_first = self._store(item, error, value)
+        if is_first and item.flag is not None:
+            if item.running:  # it was given up, or another attempt was faster
+                item.flag.cancel("the item has ended")
+            item.flag.close()
+        if is_first and error is not None and self._log_tracebacks:
+            logger.error("item %d failed", item.index, exc_info=error)
+        return is_first
+
+    def _store(self, item: Item, error: BaseException | None, value: Any) -> bool:
+        if self._active.pop(item.index, None) is None:
+            return False
+        item.error = error
+        if error is None:
+            item.ok = True
+            item.source = None
         else:
-            self.finish(self._outcome(index, started, tracker, error, value))
+            self._errors += 1
+            most = self.limits.max_errors
+            if most is not None and self._errors >= most:
+                self.stop(f"the limit of {most} errors was reached")
+        if self._hand_out is None and item.ok and not self._keeps_outcomes:
+            self._values[item.index] = value
+            return True
+        item.value = value
+        item.seconds = time.monotonic() - item.started
+        if self._hand_out is None:
+            self._items[item.index] = item
+        else:
+            self._hand_out(item)
+        return True
+
+    def timed_out(self, item: Item, timeout_s: float) -> ItemTimeoutError:
+        """Make the error of an item that took too long."""
+        return ItemTimeoutError(
+            f"Item {item.index} was given {timeout_s:.3g} s and did not end in time.",
+            index=item.index,
+            timeout_s=timeout_s,
+        )
+
+    def stop_for_total_time(self) -> None:
+        """Take no further item, because the time of the run is over."""
+        self.stop(f"its {self.limits.total_timeout_s or 0:g} s were over")
+
+    # -- the end of the run ------------------------------------------------------------------------
+
+    def abort(self, reason: str) -> None:
+        """Take no further item, and tell those under way to stop.
+
+        Args:
+            reason: As in `stop`.
+        """
+        self.stop(reason)
+        self.flag.cancel(f"the batch stopped because {reason}")
+
+    def close(self) -> None:
+        """Let go of what surrounds the run, when it is over."""
+        self.flag.close()
+
+    def outcomes(self) -> list[Outcome[Any]]:
+        """Return one outcome per item of the input, as far as it is known, in input order."""
+        known = max(self._taken, self.total or 0)
+        return [self._outcome(index) for index in range(known)]
+
+    def _outcome(self, index: int) -> Outcome[Any]:
+        if (item := self._items.get(index)) is not None:
+            return item.outcome()
+        value = self._values[index] if index < len(self._values) else _NONE_YET
+        if value is not _NONE_YET:
+            return Outcome(index=index, ok=True, value=value)
+        reason = self.stop_reason or "the batch ended before it"
+        if (item := self._active.get(index)) is not None:
+            error = CallCancelledError(f"Item {index} was under way and did not end: {reason}.")
+            return Outcome(index=index, ok=False, error=error, attempts=item.attempts)
+        return skipped(index, reason)
+
+    def values(self) -> list[Any] | None:
+        """Return all values in input order; None where they are not kept or an item failed."""
+        if self._keeps_outcomes or self._errors or self.stop_reason or self.input_error is not None:
+            return None
+        return self._values
+
+    def source(self, index: int) -> Any:
+        """Return the item of a failure as the user gave it."""
+        item = self._items.get(index) or self._active.get(index)
+        return None if item is None else item.source
+
+    def early_end(self) -> BatchError | None:
+        """Make the error of a run whose items were handed out and that stopped before its end."""
+        if self.input_error is not None:
+            reason = "the input raised an error, so nobody knows how many items it has"
+        elif self.stop_reason:
+            reason = f"the batch stopped because {self.stop_reason}"
+        else:
+            return None
+        started = self._taken - self._refused
+        error = BatchError(
+            f"{self._errors} of {started} items failed; {reason}. Their outcomes were handed out.",
+            results={},
+            errors={},
+            untried=None if self.total is None else self.total - started,
+        )
+        error.__cause__ = self.input_error
+        return error
 
 
-def _enter_item(index: int, pinned: Mapping[str, Any]) -> None:
-    set_item_index(index)
+async def _acall(target: Any, args: Any, kwargs: Any) -> Any:
+    return await target.acall(*args, **kwargs)
+
+
+_PROGRAM: Both[[Any, Any, Any], Any] = Both(
+    lambda target, args, kwargs: target(*args, **kwargs), _acall
+)
+
+
+async def invoke(io: Io, job: Job) -> Any:
+    """Call what an item asks for, on the driver's side if it has one."""
+    target, args, kwargs = job
+    if hasattr(target, "acall"):
+        return await io.call(_PROGRAM, target, args, kwargs)
+    return await io.any(target, *args, **kwargs)
+
+
+def _enter_item(item: Item, pinned: Mapping[str, Any]) -> None:
+    set_item_index(item.index)
     pin(pinned)
+    if item.flag is not None:
+        CANCELLATION.set(item.flag)

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, ClassVar, Literal, Self, TypeVar, Unpack, overload
 
 from dspylite.abc import Io, LanguageModel
@@ -165,13 +174,15 @@ class Module:
             num_threads: Threads. None: `settings.num_threads`.
             max_errors: Failures after which no further item is taken. None: as the settings say.
             **options: What else `Parallel` takes: `on_error`, `timeout_s`, `total_timeout_s`,
-                `progress`, `return_failed_examples` and so on.
+                `hedge_after_s`, `progress`, `return_failed_examples` and so on.
 
         Returns:
             One result per input, in input order; with `on_error="return"` one `Outcome` per input.
 
         Raises:
             BatchError: An item failed; it keeps what finished.
+            BatchInterrupted: Ctrl-C, a `KeyboardInterrupt` that keeps what finished.
+            FlowError: An event loop runs on this thread; await `abatch`.
 
         Example:
             >>> class Double(Module):
@@ -225,6 +236,52 @@ class Module:
     ) -> Any:
         """Run the program over many inputs as tasks of this event loop; otherwise as `batch`."""
         return await Parallel(num_threads, max_errors, **options).aover(self, examples)
+
+    def batch_iter(
+        self: Callable[..., T],
+        examples: Iterable[Any],
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        **options: Unpack[BatchOptions],
+    ) -> Generator[tuple[int, Outcome[T]], None, None]:
+        """Run the program over many inputs and give each outcome as soon as it is there.
+
+        For inputs without end or too many to keep: outcomes are not kept, and the workers do not
+        run ahead of the one who asks by more than a few items. Closing the iterator, or dropping
+        it, stops them; calls under way are broken off.
+
+        Args:
+            examples: As for `batch`.
+            num_threads: As for `batch`.
+            max_errors: As for `batch`.
+            **options: As for `batch`, but for `on_error`: a failure is an outcome like any other.
+
+        Yields:
+            The place of an input among the inputs, and its `Outcome`, in the order of their ends.
+
+        Raises:
+            BatchError: After the last outcome, where the run stopped before its inputs ended: at
+                `max_errors` or `total_timeout_s`, or because the input failed.
+            FlowError: An event loop runs on this thread; use `abatch_iter`.
+
+        Example:
+            >>> class Double(Module):
+            ...     def forward(self, x: int) -> int:
+            ...         return 2 * x
+            >>> sorted((i, o.value) for i, o in Double().batch_iter([{"x": 1}, {"x": 2}]))
+            [(0, 2), (1, 4)]
+        """
+        return Parallel(num_threads, max_errors, **options).each(self, examples)
+
+    def abatch_iter(
+        self: Callable[..., T],
+        examples: Iterable[Any] | AsyncIterable[Any],
+        num_threads: int | None = None,
+        max_errors: int | None = None,
+        **options: Unpack[BatchOptions],
+    ) -> AsyncGenerator[tuple[int, Outcome[T]], None]:
+        """Run the program as tasks of this event loop; otherwise as `batch_iter`."""
+        return Parallel(num_threads, max_errors, **options).aeach(self, examples)
 
     # -- parts ------------------------------------------------------------------------------------
 

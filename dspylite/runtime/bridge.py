@@ -10,9 +10,9 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -188,6 +188,33 @@ def running_library() -> str | None:
         else:
             return "asyncio"
     return "trio" if in_trio_run is not None and in_trio_run() else None
+
+
+def start_task(plan: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Start a task of the running event loop that nobody waits for, in a copy of this context.
+
+    For work whose results are fetched by whoever wants them. It ends with the loop at the latest.
+
+    Args:
+        plan: An async function without arguments; it must deal with its own errors.
+    """
+    if running_library() == "trio":
+        lowlevel = sys.modules["trio"].lowlevel
+        lowlevel.spawn_system_task(plan, context=copy_context())
+    else:
+        _load_thread_loops().start_task(plan)
+
+
+def is_in_notebook() -> bool:
+    """Tell whether this is a notebook's process, whose cells block a running loop as they please.
+
+    Example:
+        >>> is_in_notebook()
+        False
+    """
+    ipython = sys.modules.get("IPython")
+    get_shell = getattr(ipython, "get_ipython", None)
+    return getattr(get_shell and get_shell(), "kernel", None) is not None
 
 
 @functools.cache

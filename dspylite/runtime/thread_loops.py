@@ -1,7 +1,7 @@
 """An event loop for each thread that runs async code without being in a loop.
 
-The only file of the runtime that imports asyncio. Not here: when such a loop is needed
-(`runtime/bridge.py`).
+And tasks of asyncio's own loops that nobody awaits. The only file of the runtime that imports
+asyncio. Not here: when such a loop or task is needed (`runtime/bridge.py`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from dspylite.runtime.cancellation import CANCELLATION
 
@@ -74,3 +74,14 @@ def run_on_thread_loop(fn: Callable[..., Awaitable[T]]) -> T:
             _INHERITED.append(loop)
         loop = _LOCAL.loop = _ThreadLoop()
     return loop.run(fn)
+
+
+_TASKS: set[asyncio.Task[None]] = set()
+"""Those that run; an event loop itself holds its tasks weakly only."""
+
+
+def start_task(plan: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Start a task of the running loop that nobody awaits."""
+    task = asyncio.get_running_loop().create_task(plan())
+    _TASKS.add(task)
+    task.add_done_callback(_TASKS.discard)

@@ -1,0 +1,279 @@
+"""The threads that work on a run, and the thread that waits for them.
+
+A run inside another shares its threads. Not here: what an item is and how it ended
+(`concurrency/run.py`), and tasks of an event loop (`concurrency/tasks.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+
+from dspylite.concurrency.run import Budget, Item, Run, invoke
+from dspylite.runtime.flow import BLOCKING, run_flow
+from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted
+
+GRACE_S = 0.2
+"""How long workers that were told to stop are waited for, so that those which see it at once have
+ended when the caller goes on; guessed."""
+
+_WORKER_NUMBERS = itertools.count(1)
+
+
+class Crew:
+    """Runs a run on threads, and keeps its time.
+
+    Args:
+        num_threads: Most items at once.
+        room: Ended items that may wait to be fetched before the workers stand still. None: they
+            are not fetched one by one.
+    """
+
+    def __init__(self, num_threads: int, room: int | None = None) -> None:
+        self._num_threads = num_threads
+        self._room = room
+        self._ready: deque[Item] = deque()
+        self._run: Run
+        self._budget: Budget
+        self._changed: threading.Condition  # over the run's lock, which guards all below
+        self._live = 0  # workers that are waited for
+        self._ends_at: float | None = None
+
+    def hand_out(self, item: Item) -> None:
+        """Take an ended item for `each`; called under the run's lock."""
+        self._ready.append(item)
+        self._changed.notify_all()
+
+    # -- the thread that waits ---------------------------------------------------------------------
+
+    def work(self, run: Run) -> None:
+        """Run to the end and wait for it on this thread.
+
+        Raises:
+            CallCancelledError: The work that the run is part of was told to stop.
+            KeyboardInterrupt: Ctrl-C, here or in the main thread.
+        """
+        for _ in self.each(run):
+            raise AssertionError("items are handed out only where there is room")
+
+    def each(self, run: Run) -> Generator[Item, None, None]:
+        """Run to the end and give each item when it has ended.
+
+        This thread works too where the run is nested, so that no thread only waits.
+
+        Raises:
+            CallCancelledError: As `work`.
+            KeyboardInterrupt: As `work`.
+        """
+        self._run = run
+        self._changed = threading.Condition(run.lock)
+        run.open()
+        run.flag.watch(self._wake)
+        try:
+            works_too = self._start()
+            while works_too and (item := run.take()) is not None:
+                self._attempt(item)
+                while self._ready:
+                    yield self._fetch()
+            while self._attend():
+                yield self._fetch()
+            run.flag.check()
+        except BaseException as error:  # Ctrl-C, a flag, or a caller that asks for no more
+            run.abort(_why(error))
+            self._wake()
+            if not isinstance(error, GeneratorExit):
+                self._wait_a_moment()
+            raise
+        finally:
+            run.close()
+
+    def _start(self) -> bool:
+        """Start the workers; tell whether this thread is one of them."""
+        run, width = self._run, self._num_threads
+        if run.total is not None:
+            width = max(1, min(width, run.total))
+        if run.limits.total_timeout_s is not None:
+            self._ends_at = time.monotonic() + run.limits.total_timeout_s
+        budget = run.outer_budget
+        # A thread that keeps the time, or that is asked for what is ready, cannot work.
+        works_too = budget is not None and not run.limits.is_watched
+        if budget is None:
+            budget = Budget(self._num_threads)
+            run.set_budget(budget)
+        self._budget = budget
+        crew = budget.take(width - works_too)
+        for _ in range(crew):
+            self._start_worker(budget)
+        if not crew and not works_too:  # nested, with no thread to spare: one more than the budget
+            self._start_worker(None)
+        return works_too
+
+    def _fetch(self) -> Item:
+        item = self._ready.popleft()
+        if self._room is not None and len(self._ready) == self._room - 1:
+            self._wake()  # there is room again
+        return item
+
+    def _attend(self) -> bool:
+        """Keep the time until something is ready; False when all is over."""
+        run = self._run
+        looks = (
+            run.outer_budget is None and threading.current_thread() is not threading.main_thread()
+        )
+        while True:
+            with run.lock:
+                if self._ready:
+                    return True
+                active = run.active
+                # A worker that still reads the input of a stopped run is not waited for.
+                if not active and (not self._live or (run.is_stopped and run.locks_ends)):
+                    return False
+                run.flag.check()
+                late, slow, wait_s = self._late(active)
+                if not late and not slow:
+                    if looks:
+                        wait_s = min(LOOK_EVERY_S, LOOK_EVERY_S if wait_s is None else wait_s)
+                    self._changed.wait(wait_s)
+            for item in slow:
+                self._hedge(item)
+            for item, error in late:
+                if run.give_up(item, error):
+                    self._lose_worker(item)
+            if looks and is_main_interrupted():
+                raise KeyboardInterrupt
+
+    def _late(
+        self, active: list[Item]
+    ) -> tuple[list[tuple[Item, Exception]], list[Item], float | None]:
+        """Find items whose time is up, items to start again, and how long to wait for others."""
+        run, now = self._run, time.monotonic()
+        limits = run.limits
+        if self._ends_at is not None and now >= self._ends_at:
+            run.stop_for_total_time()
+            return [(item, run.timed_out(item, now - item.started)) for item in active], [], 0
+        waits = [] if self._ends_at is None else [self._ends_at - now]
+        late: list[tuple[Item, Exception]] = []
+        slow: list[Item] = []
+        for item in active:
+            age = now - item.started
+            if limits.timeout_s is not None:
+                if age >= limits.timeout_s:
+                    late.append((item, run.timed_out(item, limits.timeout_s)))
+                    continue
+                waits.append(limits.timeout_s - age)
+            if limits.hedge_after_s is not None and item.attempts == 1:
+                if age >= limits.hedge_after_s:
+                    slow.append(item)
+                else:
+                    waits.append(limits.hedge_after_s - age)
+        # An item taken meanwhile is late no sooner than this.
+        waits += [wait for wait in (limits.timeout_s, limits.hedge_after_s) if wait is not None]
+        return late, slow, min(waits, default=None)
+
+    def _wait_a_moment(self) -> None:
+        ends_at = time.monotonic() + GRACE_S
+        with self._run.lock:
+            while self._live and (left := ends_at - time.monotonic()) > 0:
+                self._changed.wait(left)
+
+    def _wake(self) -> None:
+        with self._run.lock:
+            self._changed.notify_all()
+
+    # -- the threads that work ---------------------------------------------------------------------
+
+    def _start_worker(self, budget: Budget | None) -> None:
+        with self._run.lock:
+            self._live += 1
+        try:
+            _start_thread(self._work, budget)
+        except RuntimeError:  # the system has no more threads; fewer will do
+            with self._run.lock:
+                self._live -= 1
+                if not self._live:
+                    raise
+
+    def _work(self) -> None:
+        run = self._run
+        while (item := run.take()) is not None:
+            self._attempt(item)
+            if item.flag is not None and not self._leave(item):
+                return  # given up with its item; another worker has this one's place
+            if self._room is not None:
+                self._wait_for_room(self._room)
+        with run.lock:
+            self._live -= 1
+            self._changed.notify_all()
+
+    def _attempt(self, item: Item) -> bool:
+        run = self._run
+        error: BaseException | None = None
+        value = None
+        try:
+            job = run.as_job(item.index, item.source)
+            value = run.context_of(item).run(run_flow, invoke(BLOCKING, job))
+        except BaseException as caught:  # noqa: BLE001  # a worker's border: SystemExit too is kept
+            error = caught
+        return run.end_attempt(item, error, value)
+
+    def _leave(self, item: Item) -> bool:
+        """Part a worker from its item; False if it was given up meanwhile."""
+        with self._run.lock:
+            is_mine = item.has_worker
+            item.has_worker = False
+            return is_mine
+
+    def _lose_worker(self, item: Item) -> None:
+        """Wait no longer for the worker of an item that ended without it; start another."""
+        with self._run.lock:
+            is_lost = item.has_worker
+            item.has_worker = False
+            self._live -= is_lost
+            self._changed.notify_all()
+        if is_lost and not self._run.is_closed:
+            self._start_worker(self._budget if self._budget.take(1) else None)
+
+    def _hedge(self, item: Item) -> None:
+        """Start an item a second time, on a thread more than the others."""
+        with self._run.lock:
+            if not self._run.is_active(item):
+                return
+            item.attempts += 1
+            item.running += 1
+
+        def work() -> None:
+            if self._attempt(item) and not self._run.is_active(item):
+                self._lose_worker(item)
+
+        _start_thread(work, self._budget if self._budget.take(1) else None)
+
+    def _wait_for_room(self, room: int) -> None:
+        with self._run.lock:
+            while len(self._ready) >= room and not self._run.is_stopped:
+                self._changed.wait()
+
+
+def _start_thread(work: Callable[[], None], budget: Budget | None) -> None:
+    def run() -> None:
+        try:
+            work()
+        finally:
+            if budget is not None:
+                budget.give()
+
+    name = f"dspylite-worker-{next(_WORKER_NUMBERS)}"
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()  # a daemon delays no exit
+    except RuntimeError:
+        if budget is not None:
+            budget.give()
+        raise
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, GeneratorExit):
+        return "nobody asked for the rest of its results"
+    return "it was interrupted"

@@ -1,0 +1,32 @@
+"""Tells a thread that Ctrl-C met the main thread, which alone hears of it.
+
+No signal handler is touched. Not here: what is then stopped (`concurrency/crew.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Public, in spite of its name: it is documented with the module.
+_current_exceptions: Callable[[], Mapping[int | None, Any]] = vars(sys)["_current_exceptions"]
+
+LOOK_EVERY_S = 0.2
+"""How often a thread looks that must end soon after Ctrl-C."""
+
+
+def is_main_interrupted() -> bool:
+    """Tell whether a `KeyboardInterrupt` is on its way through the main thread, or has ended it.
+
+    The main thread may be on its way out of a `with` block that waits for the very thread that
+    asks, as that of an executor does; or it is gone, and the interpreter waits for its threads.
+    """
+    main = threading.main_thread()
+    if not main.is_alive():
+        return isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)
+    handled: Any = _current_exceptions().get(main.ident)
+    if isinstance(handled, tuple):  # Python 3.11 gives what `sys.exc_info` gives
+        handled = handled[1]
+    return isinstance(handled, KeyboardInterrupt)
