@@ -233,7 +233,7 @@ class Crew:
             item.has_worker = False
             self._live -= is_lost
             self._changed.notify_all()
-        if is_lost and not self._run.is_closed:
+        if is_lost and self._run.goes_on():
             self._start_worker(self._budget if self._budget.take(1) else None)
 
     def _hedge(self, item: Item) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ParamSpec, TypeVar, overload
 
 from dspylite.abc import Program
 from dspylite.errors import ModuleError
 from dspylite.runtime.bridge import call_async, call_in_thread
-from dspylite.runtime.settings import settings
+from dspylite.runtime.settings import pin, settings
 from dspylite.runtime.threads import is_async
 
 P = ParamSpec("P")
@@ -45,7 +45,7 @@ def asyncify(program: Callable[P, T]) -> Callable[P, Awaitable[T]]:
         raise ModuleError(f"`asyncify` takes a module or a function, not {program!r}.")
 
     async def awaitable(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await call_in_thread(_pinned, settings.snapshot(), program, args, kwargs)
+        return await call_in_thread(_pinned, settings.copy(), program, args, kwargs)
 
     try:
         functools.update_wrapper(awaitable, program)
@@ -54,9 +54,9 @@ def asyncify(program: Callable[P, T]) -> Callable[P, Awaitable[T]]:
     return awaitable
 
 
-def _pinned(snapshot: Any, program: Callable[..., T], args: Any, kwargs: Any) -> T:
-    with settings.restore(snapshot):
-        return program(*args, **kwargs)
+def _pinned(values: Mapping[str, Any], program: Callable[..., T], args: Any, kwargs: Any) -> T:
+    pin(values)  # in the call's own copy of the context
+    return program(*args, **kwargs)
 
 
 @overload

@@ -212,10 +212,9 @@ class Run:
 
     # -- the beginning of an item ------------------------------------------------------------------
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether no further item is taken."""
-        return self.is_exhausted or self.is_stopped
+    def goes_on(self) -> bool:
+        """Tell whether further items are taken."""
+        return not (self.is_exhausted or self.is_stopped)
 
     @property
     def is_stopped(self) -> bool:
@@ -241,10 +240,10 @@ class Run:
 
     def take(self) -> Item | None:
         """Start the next item; None at the end."""
-        if self.is_closed:  # also while another worker waits for the input
+        if not self.goes_on():  # also while another worker waits for the input
             return None
         with self._taking:
-            if self.is_closed:
+            if not self.goes_on():
                 return None
             try:
                 source = next(self._iterator)
@@ -259,7 +258,7 @@ class Run:
 
     async def atake(self) -> Item | None:
         """Start the next item of an async iterable; None at the end. For one task at a time."""
-        if self.is_closed:
+        if not self.goes_on():
             return None
         try:
             source = await anext(self._iterator)

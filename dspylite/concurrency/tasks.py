@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from dspylite.concurrency.run import Budget, Item, Run, invoke
-from dspylite.runtime.bridge import poster, start_task
+from dspylite.runtime.bridge import Post, poster, start_task
 from dspylite.runtime.flow import ASYNC
 from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted
 from dspylite.runtime.threads import InContext
@@ -216,7 +216,7 @@ class Tasks:
             await self._fetched.wait()
 
 
-def _cancel(post: Any, scope: anyio.CancelScope) -> None:
+def _cancel(post: Post, scope: anyio.CancelScope) -> None:
     try:
         post(scope.cancel)
     except RuntimeError:

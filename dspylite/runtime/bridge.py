@@ -28,54 +28,45 @@ from dspylite.runtime.threads import carried_context
 P = ParamSpec("P")
 T = TypeVar("T")
 
+Post = Callable[[Callable[[], object]], None]
+"""Has a function called by an event loop, from any thread, and waits for nothing."""
+
 DEFAULT_WORKERS = 40
 """Threads of one event loop; must match anyio's own default, which people size servers by."""
 
-_LIMITERS: RunVar[dict[int, anyio.CapacityLimiter]] = RunVar("dspylite_thread_limiters")
-_NO_LIMITER: RunVar[anyio.CapacityLimiter] = RunVar("dspylite_no_limiter")
-_HELD: ContextVar[_Held | None] = ContextVar("dspylite_held_worker", default=None)
+_LOOP: RunVar[_Loop] = RunVar("dspylite_loop")
+_HELD: ContextVar[_Handover | None] = ContextVar("dspylite_held_worker", default=None)
 
 
-class _Held:
-    """The worker slot that the current chain of calls already occupies.
+class _Loop:
+    """What one event loop needs for its worker threads; never shared with another loop."""
 
-    A call from inside it may use one more thread while the slot's own thread waits for it; without
-    that, a nested call at full width would wait for its own caller.
-    """
-
-    __slots__ = ("_lent",)
+    __slots__ = ("_limiters", "post", "unlimited")
 
     def __init__(self) -> None:
-        self._lent: dict[object, anyio.CapacityLimiter] = {}
+        self._limiters: dict[int, anyio.CapacityLimiter] = {}
+        self.unlimited = anyio.CapacityLimiter(math.inf)
+        self.post = poster()
 
-    def lend(self, owner: anyio.CapacityLimiter) -> anyio.CapacityLimiter:
-        return self._lent.setdefault(owner, anyio.CapacityLimiter(1))
+    def limiter(self) -> anyio.CapacityLimiter:
+        """Return the limiter of the current width, or one that the caller's own slot lends."""
+        width = settings.async_max_workers or DEFAULT_WORKERS
+        limiter = self._limiters.get(width)
+        if limiter is None:
+            limiter = self._limiters[width] = anyio.CapacityLimiter(width)
+        held = _HELD.get()
+        if held is not None and limiter.available_tokens < 1:
+            return held.lend(limiter)
+        return limiter
 
 
-def _limiter() -> anyio.CapacityLimiter:
-    """Return the limiter of this event loop at the current width; the loop's own, never shared."""
-    width = settings.async_max_workers or DEFAULT_WORKERS
+def _loop() -> _Loop:
     try:
-        limiters = _LIMITERS.get()
+        return _LOOP.get()
     except LookupError:
-        limiters = {}
-        _LIMITERS.set(limiters)
-    limiter = limiters.get(width)
-    if limiter is None:
-        limiter = limiters[width] = anyio.CapacityLimiter(width)
-    held = _HELD.get()
-    if held is not None and limiter.available_tokens < 1:
-        return held.lend(limiter)
-    return limiter
-
-
-def _no_limiter() -> anyio.CapacityLimiter:
-    try:
-        return _NO_LIMITER.get()
-    except LookupError:
-        unlimited = anyio.CapacityLimiter(math.inf)
-        _NO_LIMITER.set(unlimited)
-        return unlimited
+        made = _Loop()
+        _LOOP.set(made)
+        return made
 
 
 class _Handover:
@@ -85,15 +76,41 @@ class _Handover:
     else more threads would run than there are places.
     """
 
-    __slots__ = ("_ended", "_flag", "_given_up", "_limiter", "_lock", "_post", "_started", "_work")
+    __slots__ = (
+        "_args", "_ended", "_flag", "_fn", "_given_up", "_kwargs", "_lent", "_limiter", "_lock",
+        "_post", "_started",
+    )  # fmt: skip
 
-    def __init__(self, work: Callable[[], Any], limiter: anyio.CapacityLimiter) -> None:
-        self._work = work
-        self._limiter = limiter
-        self._flag = Cancellation(CANCELLATION.get())
-        self._post = poster()
+    def __init__(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], loop: _Loop
+    ) -> None:
+        self._fn = fn
+        self._args = args
+        self._kwargs = kwargs
+        self._post = loop.post
+        self._limiter = loop.limiter()
+        self._lent: dict[object, anyio.CapacityLimiter] | None = None
         self._lock = threading.Lock()  # guards the three below; nothing is called while it is held
         self._started = self._ended = self._given_up = False
+        self._flag: Cancellation
+
+    async def take_place(self) -> None:
+        """Wait for a place."""
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(self)
+        except anyio.WouldBlock:
+            await self._limiter.acquire_on_behalf_of(self)
+        self._flag = Cancellation(CANCELLATION.get())
+
+    def lend(self, limiter: anyio.CapacityLimiter) -> anyio.CapacityLimiter:
+        """Return the limiter for calls that the function itself makes while no place is free.
+
+        One more thread may run for them while the function's own thread waits; without that, a
+        nested call at full width would wait for its own caller.
+        """
+        if self._lent is None:
+            self._lent = {}
+        return self._lent.setdefault(limiter, anyio.CapacityLimiter(1))
 
     def on_thread(self) -> tuple[Any] | None:
         """Run the function; the result is boxed, because trio refuses one that is a coroutine."""
@@ -102,10 +119,10 @@ class _Handover:
                 return None
             self._started = True
         # anyio runs this in a copy of the caller's context, which ends with the call.
-        _HELD.set(_Held())
+        _HELD.set(self)
         CANCELLATION.set(self._flag)
         try:
-            return (self._work(),)
+            return (self._fn(*self._args, **self._kwargs),)
         finally:
             self._leave_thread()
 
@@ -142,16 +159,13 @@ async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
     longer; the function is told by its flag to stop (`runtime/cancellation.py`), and keeps its slot
     until it does.
     """
-    limiter = _limiter()
-    handover = _Handover(partial(fn, *args, **kwargs), limiter)
-    try:
-        limiter.acquire_on_behalf_of_nowait(handover)
-    except anyio.WouldBlock:
-        await limiter.acquire_on_behalf_of(handover)
+    loop = _loop()
+    handover = _Handover(fn, args, kwargs, loop)
+    await handover.take_place()
     try:
         # The places are counted above; anyio's own count would end with the waiting.
         boxed = await anyio.to_thread.run_sync(
-            handover.on_thread, abandon_on_cancel=True, limiter=_no_limiter()
+            handover.on_thread, abandon_on_cancel=True, limiter=loop.unlimited
         )
     finally:
         handover.end()
@@ -159,7 +173,7 @@ async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
     return result
 
 
-def poster() -> Callable[[Callable[[], object]], None]:
+def poster() -> Post:
     """Return a function that has another function called by this event loop, from any thread.
 
     It never waits: two loops that wait for each other stand still for ever. It raises RuntimeError
@@ -167,7 +181,7 @@ def poster() -> Callable[[Callable[[], object]], None]:
     """
     token: Any = current_token().native_token
     post: Any = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
-    return cast("Callable[[Callable[[], object]], None]", post)
+    return cast("Post", post)
 
 
 def running_library() -> str | None:

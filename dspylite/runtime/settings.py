@@ -268,11 +268,11 @@ class Settings:
 
     def restore(self, snapshot: Snapshot) -> Overlay:
         """Use a snapshot for a block: every key has the snapshot's value there."""
-        return Overlay({**_defaults(), **snapshot.values})
+        return Overlay({**_DEFAULTS, **snapshot.values})
 
     def copy(self) -> dict[str, Any]:
         """Return all settings as a new dict."""
-        return {**_defaults(), **_process, **(_OVERLAY.get() or {})}
+        return {**_DEFAULTS, **_process, **(_OVERLAY.get() or {})}
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a setting by name, or `default` if there is no such setting."""
@@ -309,8 +309,7 @@ KEYS: Mapping[str, Key[Any]] = {
 }
 
 
-def _defaults() -> dict[str, Any]:
-    return {name: key.default for name, key in KEYS.items()}
+_DEFAULTS: Mapping[str, Any] = {name: key.default for name, key in KEYS.items()}
 
 
 def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,7 +344,7 @@ class Snapshot:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in what did not travel."""
-        object.__setattr__(self, "values", {**_defaults(), **state})
+        object.__setattr__(self, "values", {**_DEFAULTS, **state})
 
 
 class Overlay:
