@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from dspylite.concurrency.run import Budget, Item, Run, invoke
-from dspylite.runtime.bridge import Post, poster, start_task
+from dspylite.runtime.bridge import ON_DAEMONS, Post, poster, start_task
 from dspylite.runtime.flow import ASYNC
 from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted
 from dspylite.runtime.threads import InContext
@@ -205,6 +205,7 @@ class Tasks:
         try:
             job = run.as_job(item.index, item.source)
             context = run.context_of(item)
+            context.run(ON_DAEMONS.set, True)
             value = await InContext(context.run(invoke, ASYNC, job), context)
         except (Exception, SystemExit) as caught:  # noqa: BLE001  # a worker's border: it is kept
             error = caught

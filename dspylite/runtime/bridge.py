@@ -34,6 +34,13 @@ Post = Callable[[Callable[[], object]], None]
 DEFAULT_WORKERS = 40
 """Threads of one event loop; must match anyio's own default, which people size servers by."""
 
+ON_DAEMONS: ContextVar[bool] = ContextVar("dspylite_on_daemons", default=False)
+"""Whether sync functions run on threads that keep no process from ending.
+
+anyio's workers on asyncio do keep it: after Ctrl-C the process waits for a function that does not
+look at its flag. They are needed where the function calls back by `anyio.from_thread`, as programs
+do that somebody made async; the items of a batch have no loop to call back to."""
+
 _LOOP: RunVar[_Loop] = RunVar("dspylite_loop")
 _HELD: ContextVar[_Handover | None] = ContextVar("dspylite_held_worker", default=None)
 
@@ -163,14 +170,34 @@ async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
     handover = _Handover(fn, args, kwargs, loop)
     await handover.take_place()
     try:
-        # The places are counted above; anyio's own count would end with the waiting.
-        boxed = await anyio.to_thread.run_sync(
-            handover.on_thread, abandon_on_cancel=True, limiter=loop.unlimited
-        )
+        if ON_DAEMONS.get():
+            boxed = await _on_daemon(handover.on_thread, loop)
+        else:
+            # The places are counted above; anyio's own count would end with the waiting.
+            boxed = await anyio.to_thread.run_sync(
+                handover.on_thread, abandon_on_cancel=True, limiter=loop.unlimited
+            )
     finally:
         handover.end()
     (result,) = cast("tuple[T]", boxed)  # a caller that still waits has a result
     return result
+
+
+async def _on_daemon(work: Callable[[], T], loop: _Loop) -> T:
+    result: Future[T] = Future()
+    ended = anyio.Event()
+    work = partial(carried_context().run, work)
+
+    def run() -> None:
+        _deliver(result, work)
+        try:
+            loop.post(ended.set)
+        except RuntimeError:
+            pass  # the loop has ended, and nobody waits
+
+    threading.Thread(target=run, name="dspylite-worker", daemon=True).start()
+    await ended.wait()
+    return result.result()
 
 
 def poster() -> Post:
