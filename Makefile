@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 # The libraries that `make bench` measures, which nothing else here needs.
 BENCH_VENV := .venv-bench
-PEERS := dspy==3.4.1 litellm openai httpx urllib3 aiohttp
+PEERS := dspy==3.4.1 litellm openai httpx urllib3 aiohttp fastapi uvicorn
 # uv only resolves, in an environment of its own; pip installs.
 LOCK_VENV := .venv-lock
 COMPILE := $(LOCK_VENV)/bin/uv pip compile pyproject.toml --quiet --upgrade --universal \

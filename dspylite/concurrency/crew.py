@@ -120,9 +120,8 @@ class Crew:
     def _attend(self) -> bool:
         """Keep the time until something is ready; False when all is over."""
         run = self._run
-        looks = (
-            run.outer_budget is None and threading.current_thread() is not threading.main_thread()
-        )
+        is_outermost = run.outer_budget is None
+        is_main = threading.current_thread() is threading.main_thread()
         while True:
             with run.lock:
                 if self._ready:
@@ -134,7 +133,7 @@ class Crew:
                 run.flag.check()
                 late, slow, wait_s = self._late(active)
                 if not late and not slow:
-                    if looks:
+                    if is_outermost:  # also for Ctrl-C that does not wake a waiting thread
                         wait_s = min(LOOK_EVERY_S, LOOK_EVERY_S if wait_s is None else wait_s)
                     self._changed.wait(wait_s)
             for item in slow:
@@ -142,7 +141,7 @@ class Crew:
             for item, error in late:
                 if run.give_up(item, error):
                     self._lose_worker(item)
-            if looks and is_main_interrupted():
+            if is_outermost and not is_main and is_main_interrupted():
                 raise KeyboardInterrupt
 
     def _late(

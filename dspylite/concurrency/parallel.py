@@ -311,6 +311,8 @@ class Parallel:
             return (values, [], []) if self.return_failed_examples else values
         outcomes = run.outcomes()
         failed = [outcome for outcome in outcomes if not outcome.ok]
+        if isinstance(run.input_error, KeyboardInterrupt):  # Ctrl-C while this thread read it
+            raise run.input_error
         if run.input_error is not None:
             reason = "the input raised an error, so nobody knows how many items it has"
             raise batch_error(outcomes, reason=reason, cause=run.input_error)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dspylite.errors import MissingExtraError
+from dspylite.runtime.bridge import is_in_notebook
 
 
 class Bar:
@@ -62,12 +63,12 @@ class _RichBar(Bar):
 
 
 def show_progress(total: int | None, *, wanted: bool) -> Bar:
-    """Return the bar of a batch: drawn if it is wanted and stderr is a terminal.
+    """Return the bar of a batch: drawn if it is wanted and stderr is a terminal or a notebook's.
 
     Raises:
         MissingExtraError: A bar should be drawn and rich is not installed.
     """
-    if not wanted or not sys.stderr.isatty():
+    if not wanted or not (sys.stderr.isatty() or is_in_notebook()):
         return Bar()
     return _RichBar(total)
 

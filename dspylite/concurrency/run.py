@@ -250,7 +250,7 @@ class Run:
             except StopIteration:
                 self.is_exhausted = True
                 return None
-            except Exception as error:  # noqa: BLE001  # the user's iterator; cause of the BatchError
+            except BaseException as error:  # noqa: BLE001  # the user's iterator; SystemExit too is kept
                 self._input_failed(error)
                 return None
             index = self._next_place()
@@ -265,7 +265,7 @@ class Run:
         except StopAsyncIteration:
             self.is_exhausted = True
             return None
-        except Exception as error:  # noqa: BLE001  # the user's iterator; cause of the BatchError
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's iterator; it is kept
             self._input_failed(error)
             return None
         return self._begin(self._next_place(), source)

@@ -14,7 +14,9 @@ from typing import Any
 _current_exceptions: Callable[[], Mapping[int | None, Any]] = vars(sys)["_current_exceptions"]
 
 LOOK_EVERY_S = 0.2
-"""How often a thread looks that must end soon after Ctrl-C."""
+"""How often a thread looks that must end soon after Ctrl-C, in seconds.
+
+A waiting main thread too: not every system and not every `_thread.interrupt_main` wakes it."""
 
 
 def is_main_interrupted() -> bool:

@@ -96,6 +96,23 @@ def _threads(width: int, goal: Goal) -> Row:
     )
 
 
+def _serving(form: str, peers: str, bare: str | None) -> Row:
+    goals = [Goal(limit=1.4, relation=">=", key="per_s", than="dspy")]
+    if bare is not None:
+        goals.append(Goal(limit=0.8, relation=">=", key="per_s", than=bare))
+    return Row(
+        name=f"serve-{form}",
+        title=f"FastAPI, {form} handlers, one worker, 64 clients, 50 ms server latency",
+        function="serving:serve",
+        arguments=("{seconds}", form, "50"),
+        latency_ms=50,
+        heavy=True,
+        peers=tuple(peers.split()),
+        columns=(_RATE, _IDEAL, _CPU),
+        goals=tuple(goals),
+    )
+
+
 def _statement(name: str, title: str, limit: float) -> Row:
     return Row(
         name=name,
@@ -205,5 +222,8 @@ ROWS = (
         columns=(_CPU, _WALL),
         goals=(Goal(limit=1.1, than="anyio"),),
     ),
+    _serving("sync", "dspylite dspy dspy-litellm urllib3 http.client", "http.client"),
+    _serving("async", "dspylite dspy dspy-litellm aiohttp", "aiohttp"),
+    _serving("asyncify", "dspylite dspy", None),
 )
 """In the order of the table. What comes first in `columns` is what `against` compares."""
