@@ -123,6 +123,11 @@ async def it_survives_batch() -> None:
     )
     assert_type(await predict.abatch(inputs), list[QA])
     assert_type(await predict.abatch(inputs, on_error="return"), list[dspy.Outcome[QA]])
+    for index, outcome in predict.batch_iter(inputs, 4, hedge_after_s=2.5):
+        assert_type(index, int)
+        assert_type(outcome, dspy.Outcome[QA])
+    async for _, outcome in predict.abatch_iter(inputs, max_errors=3):
+        assert_type(outcome.unwrap().answer, str)
     print(predict.batch(inputs)[0].nope)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
     predict.batch(inputs, on_error="ignore")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
