@@ -2,6 +2,7 @@
 
 import inspect
 import multiprocessing
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +42,17 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def unknown_endpoints() -> None:
     """Let no test meet an endpoint that is held back for the failures of an earlier test."""
     forget_endpoints()
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Have SIGINT raise `KeyboardInterrupt`, as in a terminal.
+
+    Where the suite runs in the background, the shell has it ignored, and children inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 
 from dspylite.concurrency.run import Budget, Item, Run, invoke
+from dspylite.errors import CallCancelledError
 from dspylite.runtime.flow import BLOCKING, run_flow
 from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted
 
@@ -275,4 +276,4 @@ def _start_thread(work: Callable[[], None], budget: Budget | None) -> None:
 def _why(error: BaseException) -> str:
     if isinstance(error, GeneratorExit):
         return "nobody asked for the rest of its results"
-    return "it was interrupted"
+    return "it was cancelled" if isinstance(error, CallCancelledError) else "it was interrupted"
