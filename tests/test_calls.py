@@ -393,9 +393,9 @@ async def test_every_call_of_an_item_names_the_item(run: str, recorder: Recorder
     """Chunks, spans and log lines of 64 threads are told apart by it."""
     program, count = Outer(), 12
     if run == "batch":
-        program.batch([{"x": n} for n in range(count)], num_threads=4)
+        await asyncify(program.batch)([{"x": n} for n in range(count)], num_threads=4)
     elif run == "Parallel":
-        Parallel(num_threads=4)([(program, {"x": n}) for n in range(count)])
+        await asyncify(Parallel(num_threads=4))([(program, {"x": n}) for n in range(count)])
     elif run == "abatch":
         await program.abatch([{"x": n} for n in range(count)], num_threads=4)
     else:

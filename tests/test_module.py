@@ -473,7 +473,8 @@ async def test_batch_runs_the_program_over_inputs_of_every_form() -> None:
     """Examples, dicts and tuples, in input order, on threads and as tasks."""
     inputs: list[Any] = [{"x": 1}, (2,), Example(x=3, label="l").with_inputs("x")]
     expected = [("forward", n) for n in (1, 2, 3)]
-    assert [found[:2] for found in ForwardOnly().batch(inputs, num_threads=2)] == expected
+    on_threads = await dspylite.asyncify(ForwardOnly().batch)(inputs, num_threads=2)
+    assert [found[:2] for found in on_threads] == expected
     assert [found[:2] for found in await ForwardOnly().abatch(inputs, num_threads=2)] == expected
 
 

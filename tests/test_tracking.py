@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import anyio
@@ -225,7 +226,8 @@ async def test_usage_of_items_adds_up_to_that_of_the_batch(width: int) -> None:
             if awaited:
                 outcomes = await program.abatch(inputs, num_threads=width, on_error="return")
             else:
-                outcomes = program.batch(inputs, num_threads=width, on_error="return")
+                batch = asyncify(partial(program.batch, on_error="return"))
+                outcomes = await batch(inputs, num_threads=width)
         assert [outcome.usage["fake/lm"].calls for outcome in outcomes] == [2] * len(QUESTIONS)
         assert sum((o.usage["fake/lm"] for o in outcomes), Usage()) == tracker.total
         assert tracker.get_total_tokens() == counted_by(lm)
@@ -429,9 +431,8 @@ async def test_trace_receives_the_calls_of_all_workers() -> None:
         program = TwoCalls()
         inputs = [{"question": q} for q in QUESTIONS]
         with dspylite.context(lm=a_model(), trace=trace):
-            result = getattr(program, run)(inputs, num_threads=4)
-            if run == "abatch":
-                await result
+            call = program.abatch if run == "abatch" else asyncify(program.batch)
+            await call(inputs, num_threads=4)
         assert len(trace) == 2 * len(QUESTIONS)
 
 
