@@ -15,6 +15,7 @@ from dspylite.errors import LMConfigurationError, LMError
 from dspylite.models.answers import read_chat_response
 from dspylite.models.breaker import CircuitBreaker, Health
 from dspylite.models.endpoints import endpoint_id
+from dspylite.models.fallback import Fallback
 from dspylite.models.knowledge import Price, checked_price
 from dspylite.models.middleware import chain, failed_attempt, successful_attempt
 from dspylite.models.parameters import check_params, without_userinfo
@@ -140,6 +141,13 @@ class BaseLM:
             f"`{self.model}` has no circuit breaker that would know; give it "
             "`circuit_breaker=True`."
         )
+
+    def preload(self) -> None:
+        """Load what the first call would load, here that of the fallbacks; nothing is sent."""
+        for policy in self.middleware:
+            for lm in policy.lms if isinstance(policy, Fallback) else ():
+                if isinstance(lm, BaseLM):
+                    lm.preload()
 
     @property
     def engine(self) -> Engine:

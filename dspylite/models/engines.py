@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from dspylite.abc import Engine
 from dspylite.errors import LMConfigurationError, nearest
 from dspylite.models.direct.engine import SPOKEN, DirectChat
+from dspylite.models.direct.engine import preload as preload_direct
 from dspylite.models.direct.providers import provider_of
 from dspylite.models.litellm import LiteLLMChat, LiteLLMResponses, LiteLLMText
+from dspylite.models.litellm_door import load_litellm
 from dspylite.schema.messages import LMRequest, LMResponse
 
 MODEL_TYPES = ("chat", "text", "responses")
@@ -36,10 +39,11 @@ class _Auto:
 
 
 def _fitting(request: LMRequest) -> Engine:
-    is_plain = SPOKEN.issuperset(request.params) and not isinstance(
-        request.params.get("response_format"), type
-    )
-    return _DIRECT if is_plain else LITELLM
+    return _DIRECT if _is_plain(request.params) else LITELLM
+
+
+def _is_plain(params: Mapping[str, Any]) -> bool:
+    return SPOKEN.issuperset(params) and not isinstance(params.get("response_format"), type)
 
 
 _AUTO = _Auto()
@@ -57,6 +61,15 @@ def chat_engine(engine: str, model: str, model_type: str) -> Engine:
 def uses_litellm(engine: str, model: str, model_type: str) -> bool:
     """Tell whether every call of an LM goes through litellm, so that loading it costs no more."""
     return model_type != "chat" or chat_engine(engine, model, model_type) is LITELLM
+
+
+def preload_engine(engine: str, model: str, model_type: str, params: Mapping[str, Any]) -> None:
+    """Load the libraries that calls with these parameters go through; nothing is sent."""
+    chosen = chat_engine(engine, model, model_type)
+    if chosen is _DIRECT or (chosen is _AUTO and _is_plain(params)):
+        preload_direct()
+    else:
+        load_litellm()
 
 
 def check_engine(engine: str, model: str, model_type: str) -> None:

@@ -12,7 +12,13 @@ from dspylite.abc import Engine
 from dspylite.errors import LMConfigurationError, nearest
 from dspylite.models.base import BaseLM, ModelType
 from dspylite.models.direct.engine import list_models
-from dspylite.models.engines import chat_engine, check_engine, checked_engine, uses_litellm
+from dspylite.models.engines import (
+    chat_engine,
+    check_engine,
+    checked_engine,
+    preload_engine,
+    uses_litellm,
+)
 from dspylite.models.knowledge import (
     Knowledge,
     Price,
@@ -186,6 +192,19 @@ class LM(BaseLM):
         if running_library() != "asyncio":
             return await call_in_thread(self.list_models)
         return await list_models(ASYNC, self.model, self.kwargs)
+
+    def preload(self) -> None:
+        """Load the libraries of the engine, and of the fallbacks, before the first call.
+
+        A server does it before it takes requests: litellm costs seconds to load, the libraries of
+        the direct engine a tenth of one. Nothing is sent. A repeat costs nothing.
+
+        Example:
+            >>> LM("openai/gpt-4o-mini", api_key="sk-secret").preload()
+        """
+        super().preload()
+        if self.model != OFFLINE_MODEL:
+            preload_engine(self._engine_name, self.model, self.model_type, self.kwargs)
 
     def _known(self) -> Knowledge:
         if self.model == OFFLINE_MODEL:

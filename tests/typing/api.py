@@ -426,6 +426,7 @@ def calls(spare: dspy.LM) -> None:
     )
     assert_type(lm.health(), dspy.Health)
     assert_type(lm.list_models(), list[str])
+    lm.preload()
     assert_type(lm.supports_function_calling, bool)
     assert_type(lm.context_window, int | None)
     with lm.stream("Hi") as stream:

@@ -167,6 +167,12 @@ class _Clients:
             if client is not None:
                 await client.close_after_loop()
 
+    async def close_own(self) -> None:
+        """Close the session of the running loop, if it has one."""
+        client = self._by_loop.get(current_token().native_token)
+        if client is not None:
+            await client.keeper.aclose()
+
     def forget(self, client: _LoopClient) -> None:
         """Drop a client whose loop is about to end."""
         self._by_loop.pop(client.loop, None)
@@ -189,6 +195,17 @@ class _Clients:
 
 _CLIENTS = _Clients()
 atexit.register(_CLIENTS.close)
+
+
+def preload() -> None:
+    """Load what the first exchange would load; nothing is sent."""
+    _load_aiohttp()
+    tls_context()
+
+
+async def close_connections() -> None:
+    """Close the connections of the running loop; a later request opens new ones."""
+    await _CLIENTS.close_own()
 
 
 class AwaitedStream:

@@ -172,6 +172,12 @@ def _load_urllib3() -> Any:
     return urllib3
 
 
+def preload() -> None:
+    """Load what the first exchange would load; nothing is sent."""
+    _load_urllib3()
+    tls_context()
+
+
 def _connection_class(scheme: str, host: str) -> Any:
     """Make a connection that urllib3 opens and keeps, and on which each side says all at once.
 

@@ -103,6 +103,21 @@ def _awaiting() -> Any:
     return awaiting
 
 
+def preload() -> None:
+    """Load both transports, their libraries and the certificates; nothing is sent."""
+    _blocking().preload()
+    _awaiting().preload()
+
+
+async def close_connections() -> None:
+    """Close the connections of the running event loop; a later request opens new ones.
+
+    Those of sync calls belong to the process and stay, as do those of other loops.
+    """
+    if _awaiting.cache_info().currsize and running_library() == "asyncio":
+        await _awaiting().close_connections()
+
+
 class _Send:
     """One exchange, in the transport that fits the driver; which is loaded on its first use."""
 
