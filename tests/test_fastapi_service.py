@@ -14,19 +14,19 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fastapi
 import pytest
-import uvicorn
 
 import dspylite as dspy
+from dspylite.errors import LMInvalidRequestError
 from dspylite.runtime.settings import SettingsChanges
-from dspylite.testing import FakeLM, FakeServer
+from dspylite.testing import FakeLM, FakeServer, Reply
+from tests.serving import served
 
 ROOT = Path(__file__).resolve().parent.parent
 TENANTS = 200
@@ -162,22 +162,26 @@ def test_request_without_a_key_is_refused(path: str, port: int, provider: FakeSe
     assert (status, provider.requests) == (422, ())
 
 
+def test_stream_is_the_tenants_own_and_opens_before_its_status(
+    port: int, provider: FakeServer
+) -> None:
+    """A refusal is a status; once the text flows, nothing but a cut could tell of it."""
+    provider.script(Reply(chunks=["Par", "is"]), Reply(status=400))
+    answers = []
+    for number in (1, 2):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=50)
+        body = json.dumps({"question": question(number)})
+        sent = {"content-type": "application/json", "x-llm-key": key(number)}
+        connection.request("POST", "/stream", body, sent)
+        response = connection.getresponse()
+        answers.append((response.status, response.read()))
+        connection.close()
+    assert answers[0] == (200, b"Paris")
+    assert answers[1][0] == LMInvalidRequestError().to_http().status
+    assert [request.api_key for request in provider.requests] == [key(1), key(2)]
+
+
 # --- Handlers that configure the process -------------------------------------------------------
-
-
-@contextmanager
-def served(app: fastapi.FastAPI) -> Generator[int]:
-    """Serve an app by uvicorn on a thread of this process."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(20)
-    assert not thread.is_alive()
 
 
 @pytest.fixture
