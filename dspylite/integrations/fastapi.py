@@ -315,9 +315,13 @@ class _Exchange:
 
 def _is_cancelled(error: BaseException | None) -> bool:
     """Tell whether an error is how sync code ended that saw the flag; servers need not log it."""
-    while error is not None and not isinstance(error, CallCancelledError):
-        error = error.__cause__
-    return error is not None
+    if isinstance(
+        error, BaseExceptionGroup
+    ):  # older versions of Starlette leave the group around it
+        return all(map(_is_cancelled, error.exceptions))
+    return isinstance(error, CallCancelledError) or (
+        error is not None and _is_cancelled(error.__cause__)
+    )
 
 
 # --- The life of the app -------------------------------------------------------------------------
