@@ -5,6 +5,7 @@ Not here: what the pieces say (`test_engines.py`), and each kind of failure (`te
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,15 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from dspylite import LM, BaseCallback, context, track_usage
+from dspylite import (
+    LM,
+    BaseCallback,
+    LMStream,
+    Module,
+    budget,
+    context,
+    track_usage,
+)
 from dspylite.errors import (
     DeadlineExceededError,
     LMError,
@@ -389,3 +398,24 @@ def test_stream_that_is_refused_is_told_where_it_is_opened(server: FakeServer, e
         lm_of(server, engine).stream("hello")
     assert caught.value.retry_after_s == 9
     assert not isinstance(caught.value, DeadlineExceededError)
+
+
+def test_stream_read_on_another_thread_is_counted_where_it_was_opened(
+    server: FakeServer, engine: str
+) -> None:
+    """Frameworks read what a handler opened from threads of their own (B 1.1, 4.10)."""
+    server.script(SHORT)
+    lm = lm_of(server, engine)
+
+    class Streaming(Module):
+        def forward(self) -> LMStream:
+            return lm.stream("one two")
+
+    module, heard = Streaming(), Heard()
+    with context(callbacks=[heard]), budget(tokens=100) as spending, track_usage() as tracker:
+        stream = module()
+        reader = threading.Thread(target=list, args=(stream,))
+        reader.start()
+        reader.join()
+    assert heard.ends == [(["a b c"], None)]
+    assert (spending.calls, len(module.history), tracker.total.calls) == (1, 1, 1)

@@ -6,6 +6,7 @@ Not here: the engines, and the policies of the chain (`models/middleware.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, cast
@@ -473,6 +474,8 @@ class _RecordedStream(WatchedStream):
         super().__init__(cast("DeltaSource", opened.stream))
         self._failed = tuple(made for made in opened.attempts if made.error is not None)
         self._record = record
+        # It is counted for those who opened it, in whatever thread or task it is read.
+        self._context = copy_context()
         self._call = call
         self._io = io
         self._started = io.now()
@@ -485,7 +488,7 @@ class _RecordedStream(WatchedStream):
 
     def ended(self) -> None:
         if self._take_end():
-            signed = self._record.keep(super().response, self._seconds)
+            signed = self._context.run(self._record.keep, super().response, self._seconds)
             # What failed before it was open is known here alone.
             made = (*self._failed, *signed.attempts[-1:])
             self._signed = replace(signed, attempts=made)
