@@ -6,10 +6,12 @@ Not here: where the pieces come from (the engines), and how they are put togethe
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from dspylite.errors import LMUnexpectedError
+from dspylite.runtime.calls import get_item_index
 from dspylite.schema.messages import DeltaSource, LMDelta, LMResponse
 
 
@@ -18,6 +20,10 @@ class LMStream:
 
     Use it in a `with` (or `async with`) block, or read it to its end: leaving either closes the
     connection. An answer that breaks, is cut or stays empty raises; it never just ends.
+
+    Attributes:
+        item_index: Place in its batch of the item that opened it; None outside batches. Its pieces
+            bear it too, so that the items of a batch may put theirs into one queue.
 
     Example:
         >>> from dspylite.testing import FakeServer
@@ -35,6 +41,7 @@ class LMStream:
             raise LMUnexpectedError("A policy around the call has lost its stream.")
         self._source: DeltaSource = response.stream
         self._is_over = False
+        self.item_index: int | None = get_item_index()
 
     def __del__(self) -> None:
         """Close what nobody closed, such as after a `break` without a `with`."""
@@ -59,7 +66,10 @@ class LMStream:
         if piece is None:
             self._is_over = True
             raise StopIteration
-        return piece
+        return self._marked(piece)
+
+    def _marked(self, piece: LMDelta) -> LMDelta:
+        return piece if self.item_index is None else replace(piece, item_index=self.item_index)
 
     def close(self) -> None:
         """Close the connection, if it is still open."""
@@ -85,7 +95,7 @@ class LMStream:
         if piece is None:
             self._is_over = True
             raise StopAsyncIteration
-        return piece
+        return self._marked(piece)
 
     async def aclose(self) -> None:
         """Close the connection, if it is still open."""

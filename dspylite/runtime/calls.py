@@ -93,6 +93,11 @@ def set_item_index(index: int) -> None:
     _ITEM.set(index)
 
 
+def get_item_index() -> int | None:
+    """Return which batch item this context works for; None outside batches."""
+    return _ITEM.get()
+
+
 class Observed:
     """The span of one call, told to callbacks; with no callbacks it does nothing.
 

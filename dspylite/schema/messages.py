@@ -175,6 +175,7 @@ class LMDelta:
         tool_calls: Pieces of tool calls in the provider's form: `index` says of which call; `id`
             and the function's `name` come once, its `arguments` in pieces to be joined.
         finish_reason: Why this answer ended; in its last piece only.
+        item_index: Place in its batch of the item that opened the stream; None outside batches.
     """
 
     index: int = 0
@@ -182,6 +183,7 @@ class LMDelta:
     reasoning: str = ""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     finish_reason: str | None = None
+    item_index: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

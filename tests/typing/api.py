@@ -433,6 +433,8 @@ def calls(spare: dspy.LM) -> None:
         for piece in stream:
             assert_type(piece, dspy.LMDelta)
             assert_type(piece.text, str)
+            assert_type(piece.item_index, int | None)
+    assert_type(stream.item_index, int | None)
     assert_type(stream.response.usage, dspy.Usage)
     dspy.Fallback([spare], on=(dspy.LMServerError,))
     dspy.RateLimit(rpm=10)
