@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -259,6 +261,20 @@ def test_the_running_loop_is_not_patched() -> None:
     _inside_an_asyncio_loop(lambda: AsyncOnly()(x=1))
     assert [getattr(asyncio.BaseEventLoop, name) for name in names] == before
     assert (asyncio.run, asyncio.get_event_loop) == (run, get)
+
+
+def test_an_event_loop_that_is_over_is_not_kept() -> None:
+    """A program that calls `asyncio.run` for each job would keep every loop it ever had (B 3.7)."""
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def main() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        assert await dspy.asyncify(str)(1) == "1"
+        assert await dspy.Parallel(num_threads=2).acall([(str, (2,))]) == ["2"]
+
+    asyncio.run(main())
+    gc.collect()
+    assert loops[0]() is None
 
 
 def test_calls_on_one_thread_share_a_loop_and_leave_no_task_behind() -> None:

@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from contextvars import ContextVar, copy_context
@@ -48,12 +49,18 @@ _HELD: ContextVar[_Handover | None] = ContextVar("dspylite_held_worker", default
 class _Loop:
     """What one event loop needs for its worker threads; never shared with another loop."""
 
-    __slots__ = ("_limiters", "post", "unlimited")
+    __slots__ = ("_limiters", "_token", "unlimited")
 
     def __init__(self) -> None:
         self._limiters: dict[int, anyio.CapacityLimiter] = {}
         self.unlimited = anyio.CapacityLimiter(math.inf)
-        self.post = poster()
+        # Weak, because a `RunVar` keeps this object as long as there is the loop: for ever, else.
+        self._token = weakref.ref(current_token().native_token)
+
+    @property
+    def post(self) -> Post:
+        """The loop's poster, for callers on the loop."""
+        return _poster_of(self._token())
 
     def limiter(self) -> anyio.CapacityLimiter:
         """Return the limiter of the current width, or one that the caller's own slot lends."""
@@ -185,13 +192,13 @@ async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
 
 async def _on_daemon(work: Callable[[], T], loop: _Loop) -> T:
     result: Future[T] = Future()
-    ended = anyio.Event()
+    ended, post = anyio.Event(), loop.post
     work = partial(carried_context().run, work)
 
     def run() -> None:
         _deliver(result, work)
         try:
-            loop.post(ended.set)
+            post(ended.set)
         except RuntimeError:
             pass  # the loop has ended, and nobody waits
 
@@ -206,7 +213,10 @@ def poster() -> Post:
     It never waits: two loops that wait for each other stand still for ever. It raises RuntimeError
     where the loop has ended.
     """
-    token: Any = current_token().native_token
+    return _poster_of(current_token().native_token)
+
+
+def _poster_of(token: Any) -> Post:
     post: Any = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
     return cast("Post", post)
 
