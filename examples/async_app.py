@@ -1,4 +1,4 @@
-"""One program awaited three ways: natively, as a batch of tasks, and through a worker thread.
+"""One program awaited four ways: natively, as a batch, as results come, and on worker threads.
 
 Offline by default; DSPYLITE_MODEL names another model (with DSPYLITE_API_BASE and its key).
 """
@@ -36,16 +36,21 @@ async def main() -> dict[str, list[str]]:
     with dspy.context(lm=lm):
         natively = await asyncio.gather(*(program.acall(question=q) for q in QUESTIONS))
         as_batch = await program.abatch([{"question": q} for q in QUESTIONS], num_threads=2)
+        as_they_come = [""] * len(QUESTIONS)
+        inputs = ({"question": question} for question in QUESTIONS)
+        async for index, outcome in program.abatch_iter(inputs, num_threads=2):
+            as_they_come[index] = outcome.value.answer if outcome.ok else f"failed: {outcome.error}"
         # A sync program (here: the same one, called) on worker threads.
         ask = dspy.asyncify(program)
         in_threads = await asyncio.gather(*(ask(question=q) for q in QUESTIONS))
     return {
         "acall": [p.answer for p in natively],
         "abatch": [p.answer for p in as_batch],
+        "abatch_iter": as_they_come,
         "asyncify": [p.answer for p in in_threads],
     }
 
 
 if __name__ == "__main__":
     for way, answers in asyncio.run(main()).items():
-        print(f"{way:>9}: {' '.join(answers)}")
+        print(f"{way:>11}: {' '.join(answers)}")

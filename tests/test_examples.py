@@ -46,9 +46,10 @@ Which planet has the strongest winds?  Neptune has the strongest winds.
 Which planet has the brightest rings?  Saturn has the brightest rings.
 """,
     "async_app": """
-    acall: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
-   abatch: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
- asyncify: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
+      acall: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
+     abatch: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
+abatch_iter: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
+   asyncify: The Nile flows north. The Amazon carries the most water. The Rhine flows through Basel.
 """,
     "batch": """
 My login does not work since the update. -> login
