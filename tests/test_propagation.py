@@ -14,7 +14,7 @@ import contextvars
 import itertools
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,13 @@ def in_abatch_iter(work: Work) -> Any:
     return anyio.run(main)[1]
 
 
+def in_abatch_iter_on_trio(work: Work) -> Any:
+    async def main() -> Any:
+        return {index: o.value async for index, o in Async(work).abatch_iter(ITEMS, num_threads=2)}
+
+    return anyio.run(main, backend="trio")[1]
+
+
 def in_a_nested_batch(work: Work) -> Any:
     return in_batch(lambda: in_batch(work))
 
@@ -183,14 +190,23 @@ def in_syncify_inside_a_loop(work: Work) -> Any:
     return asyncio.run(main())
 
 
-def in_an_embedders_batch(work: Work) -> Any:
-    found: list[Any] = []
-
+def _embedder(work: Work, found: list[Any]) -> dspy.Embedder:
     def embed(texts: list[str]) -> list[list[float]]:
         found.append(work())
         return [[1.0] for _ in texts]
 
-    dspy.Embedder(embed, batch_size=1, max_concurrency=2).embed(["a", "b"])
+    return dspy.Embedder(embed, batch_size=1, max_concurrency=2)
+
+
+def in_an_embedders_batch(work: Work) -> Any:
+    found: list[Any] = []
+    _embedder(work, found).embed(["a", "b"])
+    return found[-1]
+
+
+def in_an_awaited_embedders_batch(work: Work) -> Any:
+    found: list[Any] = []
+    anyio.run(_embedder(work, found).aembed, ["a", "b"])
     return found[-1]
 
 
@@ -257,12 +273,13 @@ def in_a_bound_async_function(work: Work) -> Any:
     return contextvars.Context().run(anyio.run, bound)
 
 
-def in_bind_iter_on_changing_threads(work: Work) -> Any:
-    def chunks() -> Any:
-        yield None
-        yield work()
+def _chunks(work: Work) -> Iterator[Any]:
+    yield None
+    yield work()
 
-    iterator = dspy.bind_iter(chunks())
+
+def in_bind_iter_on_changing_threads(work: Work) -> Any:
+    iterator = dspy.bind_iter(_chunks(work))
     _on_thread(lambda: next(iterator))
     return _on_thread(lambda: next(iterator))
 
@@ -305,6 +322,12 @@ def in_a_plain_thread(work: Work) -> Any:
 
 def in_run_in_executor(work: Work) -> Any:
     return _in_run_in_executor(work)
+
+
+def in_a_generator_on_changing_threads(work: Work) -> Any:
+    iterator = _chunks(work)
+    _on_thread(lambda: next(iterator))
+    return _on_thread(lambda: next(iterator))
 
 
 # --- The ways: tasks and threads of event loops --------------------------------------------------
@@ -362,11 +385,14 @@ def in_a_trio_nursery(work: Work) -> Any:
 
 # --- What differs between the ways ---------------------------------------------------------------
 
-PLAIN = {in_a_plain_pool, in_a_plain_thread, in_run_in_executor}
+PLAIN = {
+    in_a_plain_pool, in_a_plain_thread, in_run_in_executor, in_a_generator_on_changing_threads,
+}  # fmt: skip
 """Threads that get nothing but the process default."""
 PINNED = {
     in_parallel, in_parallel_acall, in_batch, in_abatch, in_abatch_on_trio,
-    in_a_sync_item_of_abatch, in_batch_iter, in_abatch_iter, in_a_nested_batch, in_a_nested_abatch,
+    in_a_sync_item_of_abatch, in_batch_iter, in_abatch_iter, in_abatch_iter_on_trio,
+    in_a_nested_batch, in_a_nested_abatch,
     in_a_hedged_copy, in_a_hedged_copy_of_an_awaited_item, in_asyncify, in_asyncify_on_trio,
     in_a_nested_asyncify,
 }  # fmt: skip
