@@ -9,6 +9,7 @@ Not here: how fast calls are (`python -m tests.benchmarks`).
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import sys
@@ -90,6 +91,7 @@ class Figures(NamedTuple):
     """What the process holds after a round."""
 
     threads: int
+    loops: int
     descriptors: int
     blocks: int
     objects: int
@@ -98,11 +100,13 @@ class Figures(NamedTuple):
 
 def figures() -> Figures:
     gc.collect()
+    objects = gc.get_objects()
     return Figures(
         threads=threading.active_count(),
+        loops=sum(issubclass(type(each), asyncio.BaseEventLoop) for each in objects),
         descriptors=len(os.listdir("/proc/self/fd")),
         blocks=sys.getallocatedblocks(),
-        objects=len(gc.get_objects()),
+        objects=len(objects),
         resident_kb=int(Path("/proc/self/statm").read_text().split()[1]) * 4,
     )
 
@@ -183,6 +187,7 @@ def test_nothing_grows_with_the_number_of_calls(port: int) -> None:
     warm, last = seen[WARM_UP - 1], seen[-1]
     calls = (ROUNDS - WARM_UP) * calls_a_round
     assert last.threads <= at_first.threads
+    assert last.loops <= warm.loops
     # A connection for each worker stays open; which round first needs all of them is chance.
     assert last.descriptors <= at_first.descriptors + WIDTH + 3
     # What connections and threads hold settles in some rounds; a leak is one object a call or more.
