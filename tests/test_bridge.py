@@ -277,6 +277,30 @@ def test_an_event_loop_that_is_over_is_not_kept() -> None:
     assert loops[0]() is None
 
 
+def test_a_thread_that_outlives_its_event_loop_does_not_keep_it() -> None:
+    """A cancelled call gives its place back to nobody when its loop is over (B 3.7)."""
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+    started, released = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        released.wait(10)
+
+    async def main() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        task = asyncio.ensure_future(dspy.asyncify(work)())
+        await asyncio.to_thread(started.wait, 10)
+        task.cancel()
+
+    asyncio.run(main())
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("AnyIO")]
+    released.set()
+    while threads:
+        threads.pop().join(10)
+    gc.collect()
+    assert loops[0]() is None
+
+
 def test_calls_on_one_thread_share_a_loop_and_leave_no_task_behind() -> None:
     """Connections can be kept from call to call; stray tasks cannot pile up."""
     loops: list[asyncio.AbstractEventLoop] = []

@@ -92,7 +92,7 @@ class _Handover:
 
     __slots__ = (
         "_args", "_ended", "_flag", "_fn", "_given_up", "_kwargs", "_lent", "_limiter", "_lock",
-        "_post", "_started",
+        "_place", "_post", "_started",
     )  # fmt: skip
 
     def __init__(
@@ -103,6 +103,9 @@ class _Handover:
         self._kwargs = kwargs
         self._post = loop.post
         self._limiter = loop.limiter()
+        # Taken in our name: where the loop ends before the thread, the limiter keeps it for ever,
+        # and would keep the loop by us.
+        self._place = object()
         self._lent: dict[object, anyio.CapacityLimiter] | None = None
         self._lock = threading.Lock()  # guards the three below; nothing is called while it is held
         self._started = self._ended = self._given_up = False
@@ -111,9 +114,9 @@ class _Handover:
     async def take_place(self) -> None:
         """Wait for a place."""
         try:
-            self._limiter.acquire_on_behalf_of_nowait(self)
+            self._limiter.acquire_on_behalf_of_nowait(self._place)
         except anyio.WouldBlock:
-            await self._limiter.acquire_on_behalf_of(self)
+            await self._limiter.acquire_on_behalf_of(self._place)
         self._flag = Cancellation(CANCELLATION.get())
 
     def lend(self, limiter: anyio.CapacityLimiter) -> anyio.CapacityLimiter:
@@ -162,7 +165,7 @@ class _Handover:
         self._flag.close()
 
     def _give_place_back(self) -> None:
-        self._limiter.release_on_behalf_of(self)
+        self._limiter.release_on_behalf_of(self._place)
 
 
 async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
