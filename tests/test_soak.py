@@ -15,8 +15,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +32,17 @@ IS_FULL = os.environ.get("DSPYLITE_SOAK") == "1"
 ROUNDS, CALLS_PER_WAY = (10, 1_667) if IS_FULL else (4, 150)
 WARM_UP = 2
 """Rounds until what is kept on purpose (histories, connections, caches) has its size."""
+BREAKS_PER_WAY = 40 if IS_FULL else 2
 WIDTH = 16
+SLOW_MS, SOON_S = 40.0, 0.01
+"""How long answers take where they are not waited for, and when they are left."""
 
 Ask = Callable[[list[dict[str, str]]], list[str]]
 predict = dspy.Predict("question -> answer")
+
+
+def questions(count: int) -> list[dict[str, str]]:
+    return [{"question": f"Question {number}?"} for number in range(count)]
 
 
 # --- The ways ------------------------------------------------------------------------------------
@@ -82,6 +90,78 @@ def by_bind_in_a_plain_pool(inputs: list[dict[str, str]]) -> list[str]:
 
 
 WAYS: list[Ask] = [value for name, value in list(globals().items()) if name.startswith("by_")]
+
+
+# --- The ways to be broken off -------------------------------------------------------------------
+
+
+def end_syncify(inputs: list[dict[str, str]]) -> None:
+    """First of all, because a session on a thread that is gone is closed when another is made."""
+
+    async def ask(each: dict[str, str]) -> None:
+        with anyio.move_on_after(SOON_S):
+            await predict.acall(**each)
+
+    dspy.Parallel(num_threads=WIDTH)([(dspy.syncify(ask), (each,)) for each in inputs])
+
+
+def end_asyncify(inputs: list[dict[str, str]]) -> None:
+    ask = dspy.asyncify(predict)
+
+    async def main() -> None:
+        with anyio.move_on_after(SOON_S) as scope:
+            async with anyio.create_task_group() as group:
+                for each in inputs:
+                    group.start_soon(lambda each=each: ask(**each))
+        assert scope.cancelled_caught
+
+    anyio.run(main)
+
+
+def end_abatch(inputs: list[dict[str, str]]) -> None:
+    async def main() -> None:
+        with anyio.move_on_after(SOON_S) as scope:
+            await predict.abatch(inputs, WIDTH)
+        assert scope.cancelled_caught
+
+    anyio.run(main)
+
+
+def end_batch_by_the_time_of_its_items(inputs: list[dict[str, str]]) -> None:
+    outcomes = predict.batch(inputs, WIDTH, on_error="return", timeout_s=SOON_S)
+    assert len(outcomes) == len(inputs)
+
+
+def end_batch_by_its_whole_time(inputs: list[dict[str, str]]) -> None:
+    with pytest.raises(dspy.BatchError):
+        predict.batch(inputs, WIDTH, total_timeout_s=SOON_S)
+
+
+def end_batch_by_a_deadline(inputs: list[dict[str, str]]) -> None:
+    with dspy.context(deadline_s=SOON_S), pytest.raises(dspy.BatchError):
+        predict.batch(inputs, WIDTH)
+
+
+def end_hedged_batch(inputs: list[dict[str, str]]) -> None:
+    predict.batch(inputs, WIDTH, hedge_after_s=SOON_S)
+
+
+def end_batch_iter(inputs: list[dict[str, str]]) -> None:
+    with closing(predict.batch_iter(inputs * 2, num_threads=WIDTH)) as outcomes:
+        next(outcomes)
+
+
+def end_abatch_iter(inputs: list[dict[str, str]]) -> None:
+    async def main() -> None:
+        async with aclosing(predict.abatch_iter(inputs * 2, num_threads=WIDTH)) as outcomes:
+            await anext(outcomes)
+
+    anyio.run(main)
+
+
+ENDS: list[Callable[[list[dict[str, str]]], None]] = [
+    value for name, value in list(globals().items()) if name.startswith("end_")
+]
 
 
 # --- The figures ---------------------------------------------------------------------------------
@@ -153,19 +233,8 @@ def sizes(name: str, value: Any) -> dict[str, int]:
 # --- The run -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def port(tmp_path: Path) -> Iterator[int]:
-    with running(server_command(tmp_path), 0.0) as number:
-        yield number
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(3600 if IS_FULL else 120)
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
-def test_nothing_grows_with_the_number_of_calls(port: int) -> None:
-    """A service runs for months; what leaks an object a call ends it in days (B 7.7)."""
-    inputs = [{"question": f"Question {number}?"} for number in range(CALLS_PER_WAY)]
-    calls_a_round = len(WAYS) * len(inputs)
+def check_flat(port: int, a_round: Callable[[], None], calls_a_round: int) -> None:
+    """Run so many rounds, and check that what the process holds is the same after each."""
     lm = dspy.LM("openai/m", api_base=f"http://127.0.0.1:{port}/v1", api_key="k", engine="direct")
     at_first = figures()
     seen: list[Figures] = []
@@ -174,8 +243,7 @@ def test_nothing_grows_with_the_number_of_calls(port: int) -> None:
     with Cancellation() as flag, settings:
         for number in range(ROUNDS):
             started = time.monotonic()
-            for way in WAYS:
-                assert way(inputs) == ["Paris"] * len(inputs), way.__name__
+            a_round()
             seconds = time.monotonic() - started
             if number < WARM_UP:
                 held = containers()
@@ -194,6 +262,38 @@ def test_nothing_grows_with_the_number_of_calls(port: int) -> None:
     assert last.blocks - warm.blocks < 300 + calls / 50
     assert last.objects - warm.objects < 100 + calls / 100
     assert last.resident_kb - warm.resident_kb < 4_096 + calls / 50
+
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.timeout(3600 if IS_FULL else 120),
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc"),
+]
+
+
+def test_nothing_grows_with_the_number_of_calls(tmp_path: Path) -> None:
+    """A service runs for months; what leaks an object a call ends it in days (B 7.7)."""
+    inputs = questions(CALLS_PER_WAY)
+
+    def a_round() -> None:
+        for way in WAYS:
+            assert way(inputs) == ["Paris"] * len(inputs), way.__name__
+
+    with running(server_command(tmp_path), 0.0) as port:
+        check_flat(port, a_round, len(WAYS) * len(inputs))
+
+
+def test_nothing_grows_with_the_number_of_calls_that_are_broken_off(tmp_path: Path) -> None:
+    """Clients that go away and items whose time is up are a service's daily bread (B 7.7)."""
+    inputs = questions(WIDTH)
+
+    def a_round() -> None:
+        for _ in range(BREAKS_PER_WAY):
+            for leave in ENDS:
+                leave(inputs)
+
+    with running(server_command(tmp_path), SLOW_MS) as port:
+        check_flat(port, a_round, BREAKS_PER_WAY * len(ENDS) * len(inputs))
 
 
 def test_the_measure_sees_what_grows() -> None:
