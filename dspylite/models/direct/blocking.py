@@ -19,7 +19,13 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from dspylite.errors import DSPyError, LMError, LMTimeoutError, LMTransportError
+from dspylite.errors import (
+    CallCancelledError,
+    DSPyError,
+    LMError,
+    LMTimeoutError,
+    LMTransportError,
+)
 from dspylite.models.direct.environment import proxy_for, split_proxy, tls_context
 from dspylite.models.direct.heads import Head, authority_of, head_of, read_head
 from dspylite.models.direct.wire import (
@@ -299,7 +305,7 @@ class BlockingStream:
             self._response.close()
             self._response.is_complete = True
             self._response.release()
-        except LMError:
+        except (LMError, CallCancelledError):
             self.close()
             raise
         except Exception as error:  # noqa: BLE001  # the border: what urllib3 raises is translated here
@@ -393,7 +399,8 @@ def open_stream(request: HttpRequest) -> BlockingStream:
         )
     except BaseException as error:
         watch.close()
-        if isinstance(error, LMError) or not isinstance(error, Exception):
+        is_ours = isinstance(error, LMError | CallCancelledError)
+        if is_ours or not isinstance(error, Exception):
             raise
         raise _translated(error, request, watch) from cause_to_show(error)
     finally:
