@@ -448,6 +448,13 @@ def in_an_async_only_module(server: FakeServer) -> Generator[Scene]:
 
 
 @scene
+def in_a_call_of_litellm_with_a_deadline(server: FakeServer) -> Generator[Scene]:
+    lm = lm_of(server, engine="litellm", deadline_s=LONG_S)
+    with server.hold():
+        yield Scene(lambda: lm("held"), lambda: server.wait_for_requests(1), 1, threading.Event())
+
+
+@scene
 def in_a_function_with_a_time_limit(server: FakeServer) -> Generator[Scene]:
     started, go_on = threading.Event(), threading.Event()
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from dspylite.errors import DeadlineExceededError, LMTimeoutError
+from dspylite.errors import CallCancelledError, DeadlineExceededError, LMTimeoutError
 from dspylite.models.knowledge import Knowledge, knowledge_of_row
 from dspylite.models.translate import secrets_of, shows_secret, translate_error
 from dspylite.runtime.bridge import call_in_thread, call_within
@@ -68,6 +68,8 @@ def border(arguments: Mapping[str, Any]) -> Generator[None, None, None]:
     handled = sys.exception()
     try:
         yield
+    except CallCancelledError:  # says nothing about the provider
+        raise
     except Exception as error:  # the border: what a provider's library raises is translated here
         secrets = secrets_of(arguments)
         ours = translate_error(error, model=arguments["model"], secrets=secrets, handled=handled)
