@@ -667,3 +667,44 @@ def test_a_flag_that_is_never_raised_keeps_nobody(
     with Cancellation() as flag:
         many(server)
         until(lambda: not flag._watchers)
+
+
+def test_work_that_goes_on_after_a_call_is_not_stopped_by_its_end() -> None:
+    """What a call has started for later, such as a thread that logs, goes on (B 3.2)."""
+    go_on, seen = threading.Event(), list[str | None]()
+
+    def later() -> None:
+        go_on.wait(SOON_S)
+        flag = CANCELLATION.get()
+        seen.append(None if flag is None else flag.reason)
+
+    def start() -> threading.Thread:
+        thread = threading.Thread(target=dspy.bind(later))
+        thread.start()
+        return thread
+
+    async def start_async() -> threading.Thread:
+        return start()
+
+    async def in_a_running_loop() -> threading.Thread:
+        return dspy.syncify(start_async)()
+
+    threads = [
+        call_within(SOON_S, start),
+        anyio.run(in_a_running_loop),
+        anyio.run(dspy.asyncify(start)),
+        *dspy.Parallel(num_threads=2, timeout_s=SOON_S)([(start, ())]),
+        *anyio.run(dspy.Parallel(num_threads=2, timeout_s=SOON_S).acall, [(start, ())]),
+    ]
+    go_on.set()
+    for thread in threads:
+        thread.join(SOON_S)
+    assert seen == [None] * 5
+
+
+def test_a_stream_opened_in_a_call_can_be_read_after_it(server: FakeServer) -> None:
+    """The call has ended well, so nothing may break off what it gave back (B 3.2)."""
+    lm = lm_of(server)
+    server.script(Reply(chunks=["a", "b", "c"]))
+    with call_within(SOON_S, lm.stream, "hi") as stream:
+        assert "".join(piece.text for piece in stream) == "abc"

@@ -319,7 +319,8 @@ def _await_helper(work: Callable[[], T], seconds: float | None) -> T:
         finally:
             if outer is not None:
                 outer.unwatch(handle)
-            flag.cancel("nobody waits for it any more")
+            if not result.done():
+                flag.cancel("nobody waits for it any more")
 
 
 def _give_up(result: Future[Any], flag: Cancellation) -> None:
