@@ -300,8 +300,8 @@ class BlockingStream:
             while data := self._response.read1(CHUNK_BYTES):
                 if decoded := self._body.feed(data):
                     return decoded
+            self._watch.close()  # before it is asked whether it was broken off
             self._check_end()
-            self._watch.close()
             self._response.close()
             self._response.is_complete = True
             self._response.release()

@@ -129,7 +129,7 @@ class Watch:
         self.failure: LMTimeoutError | CallCancelledError | None = None
         self._flag: Cancellation | None = None
         self._handle: object = None
-        self._break_off: Callable[[], None] | None = None
+        self._break_off: list[Callable[[], None]] = []  # whoever takes it out may use it
 
     def heed(self, flag: Cancellation | None) -> None:
         """Break the exchange off as soon as a flag is raised, until `close`."""
@@ -139,20 +139,24 @@ class Watch:
 
     def on_stop(self, break_off: Callable[[], None]) -> None:
         """Say how the exchange is broken off while a thread waits in it."""
-        self._break_off = break_off
+        self._break_off.append(break_off)
         if isinstance(self.failure, CallCancelledError):
             raise self.failure
 
     def close(self) -> None:
-        """Heed the flag no longer; the exchange is over."""
+        """Heed the flag no longer: the exchange is over, and its connection may serve another."""
+        self._break_off.clear()
         if self._flag is not None:
             self._flag.unwatch(self._handle)
 
     def _stop(self) -> None:
         reason = None if self._flag is None else self._flag.reason
         self.failure = CallCancelledError(f"{self._model}: cancelled while it was asked: {reason}.")
-        if self._break_off is not None:
-            self._break_off()
+        try:
+            break_off = self._break_off.pop()
+        except IndexError:  # it has not begun, or has just ended
+            return
+        break_off()
 
     def next_wait(self) -> float:
         """Return the longest that the next byte may be waited for.
