@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
 
 import dspylite as dspy
@@ -24,6 +26,7 @@ from dspylite.errors import CallCancelledError
 from dspylite.models.adaptive import Adaptive
 from dspylite.models.breaker import CircuitBreaker
 from dspylite.models.limits import MaxConcurrency
+from dspylite.models.rates import RateLimit
 from dspylite.models.retry import Retry
 from dspylite.runtime.cancellation import Cancellation
 from dspylite.testing import FakeServer, Reply
@@ -359,6 +362,58 @@ def test_cancelled_calls_give_all_their_places_back(server: FakeServer) -> None:
         server.wait_for_requests(2)
     assert [worker.end() for worker in two] == [None, None]
     assert server.max_in_flight == 2
+
+
+@pytest.mark.parametrize("below", [MaxConcurrency(1), None], ids=["concurrency", "adaptive"])
+def test_a_call_cancelled_in_a_later_line_costs_no_turn(
+    below: MaxConcurrency | None, server: FakeServer
+) -> None:
+    """It was never sent, so it must not count for the minute's requests (B 3.2, 4.5)."""
+    rate = RateLimit(rpm=2)
+    options: dict[str, Any] = {"middleware": [rate] if below is None else [rate, below]}
+    if below is not None:
+        options["adaptive"] = False
+    lm = lm_of(server.base_url, **options)
+    with contextlib.ExitStack() as stack:
+        if below is None:
+            gate = policy(lm, Adaptive).gate
+            server.script(Reply(status=429, headers={"retry-after": "1"}))
+            with pytest.raises(dspy.LMRateLimitError):
+                lm("first")
+            line: Any = gate
+        else:
+            stack.enter_context(server.hold())
+            first = Worker(lambda: lm("first"))
+            server.wait_for_requests(1)
+            line = below
+        worker = Worker(lambda: lm("in line"))
+        ends_at = time.monotonic() + SOON_S
+        while not line.waiting and time.monotonic() < ends_at:
+            time.sleep(0.001)
+        worker.cancelled()
+    if below is not None:
+        assert first.end() is None
+    with dspy.context(deadline_s=SOON_S):
+        assert lm("second") == ["echo: second"]
+    assert len(server.requests) == 2
+
+
+async def test_a_task_cancelled_in_a_later_line_costs_no_turn(server: FakeServer) -> None:
+    """Likewise on an event loop, whose own cancellation comes without a flag (B 3.2, 4.5)."""
+    below = MaxConcurrency(1)
+    lm = lm_of(server.base_url, middleware=[RateLimit(rpm=2), below], adaptive=False)
+    with server.hold():
+        first = Worker(lambda: lm("first"))
+        await anyio.to_thread.run_sync(server.wait_for_requests, 1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(lm.acall, "in line")
+            with anyio.fail_after(SOON_S):
+                while not below.waiting:
+                    await anyio.sleep(0.001)
+            group.cancel_scope.cancel()
+    assert await anyio.to_thread.run_sync(first.end) is None
+    with dspy.context(deadline_s=SOON_S):
+        assert await lm.acall("second") == ["echo: second"]
 
 
 def test_a_cancelled_probe_gives_its_place_to_the_next_call(server: FakeServer) -> None:

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 from dspylite.abc import Gate, Io, Next
 from dspylite.errors import (
     CircuitOpenError,
-    DeadlineExceededError,
     LMError,
     LMTimeoutError,
     LMTransportError,
@@ -239,7 +238,7 @@ class Adaptive:
                     raise
                 ticket.outcome = "ok"
                 return response
-        except DeadlineExceededError as error:
+        except BaseException as error:  # its time was up, or it was cancelled
             if not is_sent:
                 error.add_note(NOT_SENT)
             raise

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Final, TypeGuard
 from dspylite.abc import Io, Next
 from dspylite.errors import (
     CircuitOpenError,
-    DeadlineExceededError,
     LMConfigurationError,
     OverloadedError,
 )
@@ -152,7 +151,7 @@ class MaxConcurrency:
                     return response
                 held = _HeldStream(response.stream, places, places.hand_over(ticket), io)
                 return replace(response, stream=held)
-        except DeadlineExceededError as error:
+        except BaseException as error:  # its time was up, or it was cancelled
             if not inside:
                 error.add_note(NOT_SENT)
             raise

@@ -18,7 +18,6 @@ from dspylite.abc import Io, Next
 from dspylite.errors import (
     DeadlineExceededError,
     LMConfigurationError,
-    LMError,
 )
 from dspylite.models.limits import NOT_SENT, check_count, is_whole, was_sent
 from dspylite.models.streams import WatchedStream
@@ -425,7 +424,7 @@ class RateLimit:
             raise
         try:
             response = await call_next(request)
-        except LMError as error:
+        except BaseException as error:  # cancelled in a line behind this one, too
             if not was_sent(error):
                 turn.sent = False
                 line.leave(turn, io.now())
