@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from dspylite.concurrency.run import Budget, Item, Run, invoke
-from dspylite.runtime.bridge import ON_DAEMONS, Post, poster, start_task
+from dspylite.runtime.bridge import ON_DAEMONS, post_quietly, poster, start_task
 from dspylite.runtime.flow import ASYNC
 from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted
 from dspylite.runtime.threads import InContext
@@ -129,7 +129,7 @@ class Tasks:
         self._live = crew + works_too
         is_interrupted = False
         async with anyio.create_task_group() as group:
-            run.flag.watch(partial(_cancel, poster(), group.cancel_scope))
+            run.flag.watch(partial(post_quietly, poster(), group.cancel_scope.cancel))
             for _ in range(crew):
                 group.start_soon(self._work, budget)
             if works_too:
@@ -215,10 +215,3 @@ class Tasks:
         while len(self._ready) >= room:
             self._fetched = anyio.Event()
             await self._fetched.wait()
-
-
-def _cancel(post: Post, scope: anyio.CancelScope) -> None:
-    try:
-        post(scope.cancel)
-    except RuntimeError:
-        pass  # the loop has ended, and the tasks with it

@@ -11,8 +11,9 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
@@ -148,10 +149,7 @@ class _Handover:
             self._ended = True
             given_up = self._given_up
         if given_up:
-            try:
-                self._post(self._give_place_back)
-            except RuntimeError:
-                pass  # the loop has ended, and its limits with it
+            post_quietly(self._post, self._give_place_back)
 
     def end(self) -> None:
         """Stop waiting, because the function has ended or because the caller must not wait."""
@@ -178,6 +176,13 @@ async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
     """
     loop = _loop()
     handover = _Handover(fn, args, kwargs, loop)
+    if _HELD.get() is None:
+        return cast("T", await _hand_over(handover, loop))
+    with _heeding_flag(loop.post):
+        return cast("T", await _hand_over(handover, loop))
+
+
+async def _hand_over(handover: _Handover, loop: _Loop) -> Any:
     await handover.take_place()
     try:
         if ON_DAEMONS.get():
@@ -189,8 +194,32 @@ async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
             )
     finally:
         handover.end()
-    (result,) = cast("tuple[T]", boxed)  # a caller that still waits has a result
+    (result,) = cast("tuple[Any]", boxed)  # a caller that still waits has a result
     return result
+
+
+@contextmanager
+def _heeding_flag(post: Post) -> Generator[None, None, None]:
+    """Cancel this task, which a worker thread has started, when the thread is told to stop.
+
+    On asyncio, anyio does not where the thread's own caller has gone already: its next checkpoint
+    would turn in circles for ever, and the thread would never end.
+
+    Raises:
+        CallCancelledError: The thread was told to stop.
+    """
+    flag = CANCELLATION.get()
+    if flag is None:
+        yield
+        return
+    flag.check()
+    with anyio.CancelScope() as scope:
+        handle = flag.watch(partial(post_quietly, post, scope.cancel))
+        try:
+            yield
+        finally:
+            flag.unwatch(handle)
+    flag.check()
 
 
 async def _on_daemon(work: Callable[[], T], loop: _Loop) -> T:
@@ -200,10 +229,7 @@ async def _on_daemon(work: Callable[[], T], loop: _Loop) -> T:
 
     def run() -> None:
         _deliver(result, work)
-        try:
-            post(ended.set)
-        except RuntimeError:
-            pass  # the loop has ended, and nobody waits
+        post_quietly(post, ended.set)
 
     threading.Thread(target=run, name="dspylite-worker", daemon=True).start()
     await ended.wait()
@@ -222,6 +248,14 @@ def poster() -> Post:
 def _poster_of(token: Any) -> Post:
     post: Any = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
     return cast("Post", post)
+
+
+def post_quietly(post: Post, call: Callable[[], object]) -> None:
+    """Have a function called by an event loop; nothing happens where the loop has ended."""
+    try:
+        post(call)
+    except RuntimeError:
+        pass  # its limits, its tasks and those who waited have ended with it
 
 
 def running_library() -> str | None:
