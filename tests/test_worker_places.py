@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import anyio
@@ -20,7 +21,7 @@ import pytest
 
 import dspylite as dspy
 from dspylite.errors import CallCancelledError
-from dspylite.runtime.bridge import ON_DAEMONS, _loop, call_async
+from dspylite.runtime.bridge import ON_DAEMONS, _loop, call_async, call_in_thread
 from dspylite.runtime.cancellation import Cancellation
 from dspylite.testing import FakeServer
 
@@ -276,7 +277,7 @@ async def test_each_place_is_given_back_exactly_once_in_every_race(on_daemons: b
     async def call() -> None:
         for _ in range(20):
             with anyio.move_on_after(rand.choice([0, 0.0005, 0.001, 0.002, 0.01])):
-                await dspy.asyncify(work)(rand.choice([0, 0, 0.0005, 0.001, 0.002]))
+                await call_in_thread(work, rand.choice([0, 0, 0.0005, 0.001, 0.002]))
 
     with dspy.context(async_max_workers=3), Cancellation() as outer:
         token = ON_DAEMONS.set(on_daemons)
@@ -349,7 +350,8 @@ def test_a_loop_may_end_before_the_thread_that_it_left_behind(
 
     async def main() -> None:
         ON_DAEMONS.set(on_daemons)
-        await cancelled(hall, 2, 2, dspy.asyncify(work))
+        with dspy.context(async_max_workers=2):
+            await cancelled(hall, 2, 2, partial(call_in_thread, work))
 
     noticed: list[object] = []
     before = threading.excepthook
@@ -402,7 +404,7 @@ async def test_an_error_of_a_thread_that_was_left_behind_disturbs_nobody() -> No
         threading.excepthook = noticed.append
         try:
             with dspy.context(async_max_workers=2):
-                await cancelled(hall, 2, 2, dspy.asyncify(fail))
+                await cancelled(hall, 2, 2, partial(call_in_thread, fail))
                 hall.open()
                 await check_places(2)
         finally:
@@ -476,6 +478,27 @@ async def test_a_context_inside_the_thread_does_not_change_the_callers_width() -
     with dspy.context(async_max_workers=3):
         assert await dspy.asyncify(program)() == 1
         await check_places(3)
+
+
+@pytest.mark.parametrize("on_daemons", [False, True])
+async def test_an_asyncified_function_can_call_its_loop_back(on_daemons: bool) -> None:
+    """By anyio's own way, on both kinds of loop, and also in an item of a batch (B 3.1)."""
+
+    async def on_loop(number: int) -> int:
+        await anyio.sleep(0)
+        return number + 1
+
+    def program(number: int) -> int:
+        anyio.from_thread.check_cancelled()
+        return anyio.from_thread.run(on_loop, number)
+
+    async def item(number: int) -> int:
+        return await dspy.asyncify(program)(number)
+
+    if on_daemons:
+        assert await dspy.Parallel(num_threads=2).aover(item, range(5)) == [1, 2, 3, 4, 5]
+    else:
+        assert await item(0) == 1
 
 
 # --- Other people's threads -----------------------------------------------------------------------

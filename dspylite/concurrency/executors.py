@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from dspylite.abc import Program
 from dspylite.errors import ModuleError
-from dspylite.runtime.bridge import call_async, call_in_thread
+from dspylite.runtime.bridge import call_async, hand_over
 from dspylite.runtime.settings import pin, settings
 from dspylite.runtime.threads import is_async
 
@@ -45,7 +45,9 @@ def asyncify(program: Callable[P, T]) -> Callable[P, Awaitable[T]]:
         raise ModuleError(f"`asyncify` takes a module or a function, not {program!r}.")
 
     async def awaitable(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await call_in_thread(_pinned, settings.copy(), program, args, kwargs)
+        # Also in the items of a batch: a program made for threads may call back to its loop.
+        given = (settings.copy(), program, args, kwargs)
+        return cast("T", await hand_over(_pinned, given, {}, on_daemon=False))
 
     try:
         functools.update_wrapper(awaitable, program)

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
@@ -43,6 +43,7 @@ anyio's workers on asyncio do keep it: after Ctrl-C the process waits for a func
 look at its flag. They are needed where the function calls back by `anyio.from_thread`, as programs
 do that somebody made async; the items of a batch have no loop to call back to."""
 
+_ALONE = nullcontext()
 _LOOP: RunVar[_Loop] = RunVar("dspylite_loop")
 _HELD: ContextVar[_Handover | None] = ContextVar("dspylite_held_worker", default=None)
 
@@ -174,26 +175,35 @@ async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
     longer; the function is told by its flag to stop (`runtime/cancellation.py`), and keeps its slot
     until it does.
     """
+    return cast("T", await hand_over(fn, args, kwargs, on_daemon=ON_DAEMONS.get()))
+
+
+async def hand_over(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, on_daemon: bool
+) -> Any:
+    """Run a sync function as `call_in_thread` does.
+
+    Args:
+        fn: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        on_daemon: Whether its thread keeps no process from ending; such a one cannot call back by
+            `anyio.from_thread`.
+    """
     loop = _loop()
     handover = _Handover(fn, args, kwargs, loop)
-    if _HELD.get() is None:
-        return cast("T", await _hand_over(handover, loop))
-    with _heeding_flag(loop.post):
-        return cast("T", await _hand_over(handover, loop))
-
-
-async def _hand_over(handover: _Handover, loop: _Loop) -> Any:
-    await handover.take_place()
-    try:
-        if ON_DAEMONS.get():
-            boxed = await _on_daemon(handover.on_thread, loop)
-        else:
-            # The places are counted above; anyio's own count would end with the waiting.
-            boxed = await anyio.to_thread.run_sync(
-                handover.on_thread, abandon_on_cancel=True, limiter=loop.unlimited
-            )
-    finally:
-        handover.end()
+    with _ALONE if _HELD.get() is None else _heeding_flag(loop.post):
+        await handover.take_place()
+        try:
+            if on_daemon:
+                boxed = await _on_daemon(handover.on_thread, loop)
+            else:
+                # The places are counted above; anyio's own count would end with the waiting.
+                boxed = await anyio.to_thread.run_sync(
+                    handover.on_thread, abandon_on_cancel=True, limiter=loop.unlimited
+                )
+        finally:
+            handover.end()
     (result,) = cast("tuple[Any]", boxed)  # a caller that still waits has a result
     return result
 
