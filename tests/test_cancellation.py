@@ -275,6 +275,21 @@ def test_the_flag_reaches_work_in_every_thread_and_task(
     assert seen == [None]
 
 
+def test_a_flag_raised_as_an_async_function_ends_harms_nobody() -> None:
+    """Its loop is closed by then, and other watchers must still hear of it (B 3.2)."""
+    told: list[Callable[[], object]] = []
+
+    async def look() -> None:
+        told.extend(flag._watchers.values())  # what a raiser of the flag holds at this moment
+
+    with Cancellation() as flag:
+        thread = threading.Thread(target=dspy.bind(lambda: call_async(look)))
+        thread.start()
+        thread.join(SOON_S)
+    (tell,) = told
+    tell()
+
+
 # --- Who sees it: the thread of a cancelled asyncified call ends wherever it waits ----------------
 
 

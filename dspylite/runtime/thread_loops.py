@@ -34,7 +34,14 @@ class _ThreadLoop:
         loop = self._loop
         task = loop.create_task(_await(fn))
         flag = CANCELLATION.get()
-        handle = flag and flag.watch(lambda: loop.call_soon_threadsafe(task.cancel))
+
+        def stop() -> None:
+            try:
+                loop.call_soon_threadsafe(task.cancel)
+            except RuntimeError:
+                pass  # it has ended just now, and its thread with it
+
+        handle = flag and flag.watch(stop)
         try:
             return loop.run_until_complete(task)
         except asyncio.CancelledError:
