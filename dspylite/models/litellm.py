@@ -23,7 +23,8 @@ from dspylite.models.litellm_door import (
     load_litellm_without_blocking,
 )
 from dspylite.models.litellm_streams import LiteLLMStream
-from dspylite.runtime.bridge import call_in_thread, running_library
+from dspylite.models.streams import close_stream
+from dspylite.runtime.bridge import call_in_thread, open_in_thread, running_library
 from dspylite.runtime.clock import time_left
 from dspylite.schema.messages import LMRequest, LMResponse, Message, Usage
 
@@ -85,7 +86,7 @@ class _LiteLLM:
             LMError: Of the class that fits the failure.
         """
         if running_library() != "asyncio":  # litellm's async form knows no other
-            return await call_in_thread(cast("Engine", self).call, request)
+            return await open_in_thread(cast("Engine", self).call, close_stream, request)
         arguments = self.arguments(request)
         with border(arguments):
             send = getattr(await load_litellm_without_blocking(), f"a{self.name}")

@@ -48,7 +48,11 @@ class LiteLLMStream:
     async def acall(self) -> LMDelta | None:
         """Await the next piece on this event loop; None at the proper end."""
         if not hasattr(self._wrapper, "__anext__") or running_library() != "asyncio":
-            return await call_in_thread(self.call)
+            try:
+                return await call_in_thread(self.call)
+            except BaseException:
+                self.close()  # a thread that nobody awaits any more may wait for the next piece
+                raise
         with self._guard(), Deadline(self._left()):
             while not self._ready and not self._is_over:
                 self._take(await in_time_async(self._model, lambda: anext(self._wrapper, None)))

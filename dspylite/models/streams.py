@@ -15,6 +15,12 @@ from dspylite.runtime.calls import get_item_index
 from dspylite.schema.messages import DeltaSource, LMDelta, LMResponse
 
 
+def close_stream(response: LMResponse) -> None:
+    """Close the stream of a response that nobody will read, if it has one."""
+    if response.stream is not None:
+        response.stream.close()
+
+
 class LMStream:
     """An answer that comes piece by piece, to `for` and to `async for` alike.
 

@@ -178,6 +178,42 @@ async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwarg
     return cast("T", await hand_over(fn, args, kwargs, on_daemon=ON_DAEMONS.get()))
 
 
+async def open_in_thread(
+    fn: Callable[P, T], close: Callable[[T], object], /, *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Run a function that opens something, as `call_in_thread` does.
+
+    Args:
+        fn: The function.
+        close: Closes what it opened, where the caller was cancelled and never gets it.
+        *args: For the function.
+        **kwargs: For the function.
+    """
+    opened: list[T] = []
+    is_gone = False
+
+    def close_unwanted() -> None:
+        try:
+            unwanted = opened.pop()
+        except IndexError:  # it is not open yet, or the other side closes it
+            return
+        close(unwanted)
+
+    def run() -> T:
+        made = fn(*args, **kwargs)
+        opened.append(made)
+        if is_gone:
+            close_unwanted()
+        return made
+
+    try:
+        return await call_in_thread(run)
+    except BaseException:
+        is_gone = True
+        close_unwanted()
+        raise
+
+
 async def hand_over(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, on_daemon: bool
 ) -> Any:

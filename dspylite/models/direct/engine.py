@@ -39,8 +39,9 @@ from dspylite.models.direct.wire import (
     HttpRequest,
     Limits,
 )
+from dspylite.models.streams import close_stream
 from dspylite.models.translate import error_of_answer, redact, secrets_of, status_of_error
-from dspylite.runtime.bridge import call_in_thread, running_library
+from dspylite.runtime.bridge import call_in_thread, open_in_thread, running_library
 from dspylite.runtime.clock import time_left
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.schema.messages import LMDelta, LMRequest, LMResponse, Usage
@@ -164,7 +165,7 @@ class DirectChat:
             LMError: Of the class that fits the failure.
         """
         if running_library() != "asyncio":  # aiohttp knows no other
-            return await call_in_thread(self.call, request)
+            return await open_in_thread(self.call, close_stream, request)
         return await _complete(ASYNC, request)
 
 
@@ -419,7 +420,11 @@ class _Deltas:
 
     async def acall(self) -> LMDelta | None:
         if isinstance(self._stream, _blocking().BlockingStream):  # opened under trio
-            return await call_in_thread(self.call)
+            try:
+                return await call_in_thread(self.call)
+            except BaseException:
+                self.close()  # a thread that nobody awaits any more may wait for the next piece
+                raise
         return await self._next(ASYNC)
 
     async def _next(self, io: Io) -> LMDelta | None:
