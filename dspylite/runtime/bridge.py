@@ -392,9 +392,9 @@ def _await_helper(work: Callable[[], T], seconds: float | None) -> T:
     outer = CANCELLATION.get()
     with Cancellation(outer) as flag:
         target = partial(_deliver, result, partial(carried_context().run, work))
-        threading.Thread(target=target, daemon=True).start()
         handle = None if outer is None else outer.watch(partial(_give_up, result, outer))
         try:
+            threading.Thread(target=target, daemon=True).start()  # Ctrl-C may come in here, too
             return result.result(seconds)
         finally:
             if outer is not None:
