@@ -352,6 +352,25 @@ def test_ctrl_c_ends_an_iterated_batch(way: str) -> None:
     assert is_one_traceback(err), err
 
 
+ITERATED_AS_TASKS = """
+async def main():
+    async for index, outcome in AsyncWork().abatch_iter(inputs(), 2):
+        given[index] = outcome.unwrap()
+"""
+
+
+@pytest.mark.parametrize(
+    "run", ["import asyncio; asyncio.run(main())", "import trio; trio.run(main)"]
+)
+def test_ctrl_c_ends_a_batch_iterated_as_tasks(run: str) -> None:
+    """The task that does the work ends with the loop, without a word (B 2.6)."""
+    child = Child(PREAMBLE + ITERATED_AS_TASKS + run)
+    child.wait_until_ready()
+    told, err = child.interrupt()
+    assert told["read_at_the_end"] == 5
+    assert is_one_traceback(err), err
+
+
 MAIN_ENDS = (
     PREAMBLE
     + """

@@ -223,9 +223,14 @@ class Parallel:
         self, run: Run, tasks: Tasks, bar: Bar
     ) -> AsyncGenerator[tuple[int, Outcome[Any]], None]:
         with bar:
-            async with aclosing(tasks.each(run)) as items:
-                async for item in items:
-                    yield item.index, item.outcome()
+            try:
+                async with aclosing(tasks.each(run)) as items:
+                    async for item in items:
+                        yield item.index, item.outcome()
+            except BaseExceptionGroup as group:
+                if _has_interrupt(group):
+                    raise KeyboardInterrupt from group
+                raise
         if (error := run.early_end()) is not None:
             raise error
 

@@ -108,9 +108,9 @@ class Tasks:
         try:
             with scope:
                 await self.work(run)
-        except BaseException as error:  # handed to the one who asks for items
+        except BaseException as error:  # handed to the one who asks; trio breaks where it meets one
             self._error = error
-            if not isinstance(error, Exception | KeyboardInterrupt):
+            if isinstance(error, anyio.get_cancelled_exc_class()):
                 raise
         finally:
             self._is_over = True
