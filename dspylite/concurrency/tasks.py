@@ -213,5 +213,6 @@ class Tasks:
 
     async def _wait_for_room(self, room: int) -> None:
         while len(self._ready) >= room:
-            self._fetched = anyio.Event()
+            if self._fetched.is_set():  # else others wait for this very event
+                self._fetched = anyio.Event()
             await self._fetched.wait()
