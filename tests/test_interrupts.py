@@ -430,6 +430,20 @@ def test_a_keyboard_interrupt_that_an_item_raises_is_that_items_error() -> None:
     assert outcomes[1].value == 1
 
 
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_keyboard_interrupt_of_a_sync_item_is_its_error_in_an_event_loop_too(
+    backend: str,
+) -> None:
+    """It was raised in a worker thread (B 2.6)."""
+    outcomes = anyio.run(
+        dspy.Parallel(num_threads=2, on_error="return").acall,
+        [(interrupt_itself, ()), (abs, (-1,))],
+        backend=backend,
+    )
+    assert isinstance(outcomes[0].error, KeyboardInterrupt)
+    assert outcomes[1].value == 1
+
+
 def test_a_batch_interrupted_in_this_thread_keeps_results_and_errors() -> None:
     """What was paid for is not lost, and what failed is told (B 2.6)."""
     import _thread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import tracemalloc
@@ -599,3 +600,22 @@ def test_an_interrupt_of_the_caller_stops_the_taking_of_items(ctrl_c: None) -> N
         dspy.Parallel(num_threads=2)(items())
     release.set()
     assert len(ran) <= 2
+
+
+def test_the_cancellation_of_another_task_is_an_items_error() -> None:
+    """An item that awaits a cancelled task fails; its worker and the batch go on (B 2.2)."""
+
+    async def work(x: int) -> int:
+        if x < 3:
+            other = asyncio.ensure_future(asyncio.sleep(20))
+            other.cancel()
+            await other
+        return x
+
+    outcomes = anyio.run(
+        dspy.Parallel(num_threads=2, on_error="return").acall, [(work, (x,)) for x in range(6)]
+    )
+    assert [outcome.ok for outcome in outcomes] == [False] * 3 + [True] * 3
+    assert all(isinstance(o.error, asyncio.CancelledError) for o in outcomes[:3])
+    with pytest.raises(dspy.BatchError, match="3 of 6 items failed"):
+        anyio.run(dspy.Parallel(num_threads=2).acall, [(work, (x,)) for x in range(6)])

@@ -16,7 +16,14 @@ from typing import Any
 import anyio
 
 from dspylite.concurrency.run import Budget, Item, Run, invoke
-from dspylite.runtime.bridge import ON_DAEMONS, post_quietly, poster, start_task
+from dspylite.runtime.bridge import (
+    ON_DAEMONS,
+    came_from_thread,
+    is_cancelled,
+    post_quietly,
+    poster,
+    start_task,
+)
 from dspylite.runtime.flow import ASYNC
 from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted
 from dspylite.runtime.threads import InContext
@@ -207,7 +214,9 @@ class Tasks:
             context = run.context_of(item)
             context.run(ON_DAEMONS.set, True)
             value = await InContext(context.run(invoke, ASYNC, job), context)
-        except (Exception, SystemExit) as caught:  # noqa: BLE001  # a worker's border: it is kept
+        except BaseException as caught:
+            if _ends_the_task(caught):
+                raise
             error = caught
         run.end_attempt(item, error, value)
 
@@ -216,3 +225,16 @@ class Tasks:
             if self._fetched.is_set():  # else others wait for this very event
                 self._fetched = anyio.Event()
             await self._fetched.wait()
+
+
+def _ends_the_task(error: BaseException) -> bool:
+    """Tell whether an exception is more than the end of one item.
+
+    A Ctrl-C is, but not the `KeyboardInterrupt` of a worker thread, where no signal arrives; and a
+    cancellation is, but not that of another task which the item awaited.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return not came_from_thread(error)
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        return is_cancelled()
+    return not isinstance(error, Exception | SystemExit)

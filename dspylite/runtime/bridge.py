@@ -339,6 +339,24 @@ def start_task(plan: Callable[[], Coroutine[Any, Any, None]]) -> None:
         _load_thread_loops().start_task(plan)
 
 
+def is_cancelled() -> bool:
+    """Tell whether the running task is told to stop.
+
+    A cancellation that it meets otherwise, which asyncio allows, is that of a task it awaits.
+    """
+    return running_library() == "trio" or _load_thread_loops().is_cancelled()
+
+
+def came_from_thread(error: BaseException) -> bool:
+    """Tell whether an exception was raised on a thread of ours and only handed over."""
+    step = error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code is _deliver.__code__:
+            return True
+        step = step.tb_next
+    return False
+
+
 def is_in_notebook() -> bool:
     """Tell whether this is a notebook's process, whose cells block a running loop as they please.
 

@@ -92,3 +92,9 @@ def start_task(plan: Callable[[], Coroutine[Any, Any, None]]) -> None:
     task = asyncio.get_running_loop().create_task(plan())
     _TASKS.add(task)
     task.add_done_callback(_TASKS.discard)
+
+
+def is_cancelled() -> bool:
+    """Tell whether the running task was told to stop, by itself or with a scope around it."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
