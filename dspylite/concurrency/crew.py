@@ -42,6 +42,7 @@ class Crew:
         self._changed: threading.Condition  # over the run's lock, which guards all below
         self._live = 0  # workers that are waited for
         self._ends_at: float | None = None
+        self._hedge_after_s: float | None = None
 
     def hand_out(self, item: Item) -> None:
         """Take an ended item for `each`; called under the run's lock."""
@@ -98,6 +99,7 @@ class Crew:
             width = max(1, min(width, run.total))
         if run.limits.total_timeout_s is not None:
             self._ends_at = time.monotonic() + run.limits.total_timeout_s
+        self._hedge_after_s = run.limits.hedge_after_s
         budget = run.outer_budget
         # A thread that keeps the time, or that is asked for what is ready, cannot work.
         works_too = budget is not None and not run.limits.is_watched
@@ -164,13 +166,13 @@ class Crew:
                     late.append((item, run.timed_out(item, limits.timeout_s)))
                     continue
                 waits.append(limits.timeout_s - age)
-            if limits.hedge_after_s is not None and item.attempts == 1:
-                if age >= limits.hedge_after_s:
+            if self._hedge_after_s is not None and item.attempts == 1:
+                if age >= self._hedge_after_s:
                     slow.append(item)
                 else:
-                    waits.append(limits.hedge_after_s - age)
+                    waits.append(self._hedge_after_s - age)
         # An item taken meanwhile is late no sooner than this.
-        waits += [wait for wait in (limits.timeout_s, limits.hedge_after_s) if wait is not None]
+        waits += [wait for wait in (limits.timeout_s, self._hedge_after_s) if wait is not None]
         return late, slow, min(waits, default=None)
 
     def _wait_a_moment(self) -> None:
@@ -193,7 +195,7 @@ class Crew:
         except RuntimeError:  # the system has no more threads; fewer will do
             with self._run.lock:
                 self._live -= 1
-                if not self._live:
+                if not self._live and self._run.goes_on():
                     raise
 
     def _work(self) -> None:
@@ -234,7 +236,10 @@ class Crew:
             self._live -= is_lost
             self._changed.notify_all()
         if is_lost and self._run.goes_on():
-            self._start_worker(self._budget if self._budget.take(1) else None)
+            try:
+                self._start_worker(self._budget if self._budget.take(1) else None)
+            except RuntimeError as error:  # nobody is left to work; what finished is kept
+                self._run.stop(f"no thread could be started ({error})")
 
     def _hedge(self, item: Item) -> None:
         """Start an item a second time, on a thread more than the others."""
@@ -248,7 +253,11 @@ class Crew:
             if self._attempt(item) and not self._run.is_active(item):
                 self._lose_worker(item)
 
-        _start_thread(work, self._budget if self._budget.take(1) else None)
+        try:
+            _start_thread(work, self._budget if self._budget.take(1) else None)
+        except RuntimeError:  # the system has no more threads; the originals may still end
+            self._hedge_after_s = None
+            self._run.drop_attempt(item)
 
     def _wait_for_room(self, room: int) -> None:
         with self._run.lock:

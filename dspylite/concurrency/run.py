@@ -321,6 +321,15 @@ class Run:
                 return True  # the other attempt may still succeed
         return self._end(item, None if error is None else item.error, value)
 
+    def drop_attempt(self, item: Item) -> None:
+        """Forget an attempt that could not be made; the other may have failed in the meantime."""
+        with self.lock:
+            item.attempts -= 1
+            item.running -= 1
+            is_over = not item.running
+        if is_over:
+            self._end(item, item.error)
+
     def give_up(self, item: Item, error: BaseException) -> bool:
         """End an item from outside; False if it has ended by itself."""
         return self._end(item, error)
