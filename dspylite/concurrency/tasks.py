@@ -44,6 +44,7 @@ class Tasks:
         self._ready: deque[Item] = deque()
         self._run: Run
         self._taking: anyio.Lock
+        self._reading: anyio.CancelScope | None = None  # of the task that reads an async input
         self._live = 0
         self._all_ended: anyio.Event
         self._is_over = False
@@ -160,6 +161,8 @@ class Tasks:
         try:
             while (item := await self._take()) is not None:
                 await self._attend(item)
+                if self._run.is_stopped and self._reading is not None:
+                    self._reading.cancel()  # an input may never give its next item
                 if self._room is not None:
                     await self._wait_for_room(self._room)
         finally:
@@ -173,7 +176,9 @@ class Tasks:
         if not self._run.is_async:
             return self._run.take()
         async with self._taking:
-            return await self._run.atake()
+            with anyio.CancelScope() as self._reading:
+                return await self._run.atake()
+        return None
 
     async def _attend(self, item: Item) -> None:
         """Keep the time of an item, and start it once more where that is asked for."""
