@@ -191,7 +191,9 @@ class Run:
         # takes no lock but that of the input: eight threads that meet at more spend their time
         # there. `_active` is a dict whose single steps are atomic, and who takes an item out of it
         # has the last word on that item.
-        self.lock = threading.Lock()
+        # One thread may take it twice, where the garbage collector closes the iterator of this very
+        # run in the middle of a worker's step.
+        self.lock = threading.RLock()
         self.locks_ends = limits.is_watched or limits.max_errors is not None or hand_out is not None
         # `_taking` guards the user's iterator and the places of items.
         self._taking = threading.Lock()
