@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import os
 import pickle
@@ -12,6 +13,7 @@ import threading
 import time
 import tracemalloc
 import types
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -500,6 +502,46 @@ def test_outcomes_and_the_errors_of_batches_can_be_copied() -> None:
             assert str(copied.errors[1]) == "b"
             assert copied.__notes__ == ["a note"]
             assert dspy.finished_results(copied) == {0: "a"}
+
+
+class Row:
+    """An input that can be seen to go away."""
+
+
+@forms
+def test_inputs_of_items_that_succeeded_are_not_kept(run: Run) -> None:
+    """They may be documents; a failed one is kept, to be told of (B 2.1)."""
+    rows: list[weakref.ref[Row]] = []
+
+    def pairs() -> Iterator[Any]:
+        for x in range(50):
+            row = Row()
+            rows.append(weakref.ref(row))
+            yield lambda _, x=x: x, (row,)
+
+    outcomes = run(dspy.Parallel(num_threads=2, on_error="return"), pairs())
+    gc.collect()
+    assert [outcome.value for outcome in outcomes] == list(range(50))
+    assert [row() for row in rows] == [None] * 50
+
+
+def test_inputs_are_let_go_while_the_batch_goes_on() -> None:
+    """Else a million documents would be in memory at its end (B 2.1)."""
+    rows: list[weakref.ref[Row]] = []
+    most = 0
+
+    def work(_: Row) -> None:
+        nonlocal most
+        most = max(most, sum(row() is not None for row in rows))
+
+    def pairs() -> Iterator[Any]:
+        for _ in range(200):
+            row = Row()
+            rows.append(weakref.ref(row))
+            yield work, (row,)
+
+    dspy.Parallel(num_threads=2, on_error="return")(pairs())
+    assert most <= 10
 
 
 def test_a_large_batch_takes_no_memory_beyond_its_results() -> None:
