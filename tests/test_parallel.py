@@ -273,6 +273,9 @@ class NeverCompared:
     def __bool__(self) -> bool:
         raise AssertionError("asked for its truth")
 
+    def __repr__(self) -> str:
+        return "NeverCompared()"
+
 
 @forms
 @pytest.mark.parametrize(
@@ -284,6 +287,9 @@ def test_values_are_never_compared(run: Run, value: Any) -> None:
     """Arrays, exceptions, None and odd strings are results like others (B 2.3)."""
     (result,) = run(dspy.Parallel(), [(lambda: value, ())])
     assert result is value
+    with pytest.raises(dspy.BatchError) as caught:
+        run(dspy.Parallel(), [(lambda: value, ()), (Halve(), {"x": 5})])
+    assert caught.value.results[0] is value
 
 
 @forms
