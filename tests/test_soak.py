@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import sys
 import threading
@@ -96,14 +97,22 @@ WAYS: list[Ask] = [value for name, value in list(globals().items()) if name.star
 # --- The ways to be broken off -------------------------------------------------------------------
 
 
+async def nap() -> None:
+    """Async work without a model: sessions of ended threads wait for the next one to be made."""
+    with anyio.move_on_after(SOON_S):
+        await anyio.sleep(60)
+
+
 def end_syncify(inputs: list[dict[str, str]]) -> None:
-    """First of all, because a session on a thread that is gone is closed when another is made."""
+    dspy.Parallel(num_threads=WIDTH)([(dspy.syncify(nap), ()) for _ in inputs])
 
-    async def ask(each: dict[str, str]) -> None:
-        with anyio.move_on_after(SOON_S):
-            await predict.acall(**each)
 
-    dspy.Parallel(num_threads=WIDTH)([(dspy.syncify(ask), (each,)) for each in inputs])
+def end_calls_inside_a_loop(inputs: list[dict[str, str]]) -> None:
+    async def main() -> None:
+        for _ in inputs[:4]:
+            dspy.syncify(nap)()
+
+    anyio.run(main)
 
 
 def end_asyncify(inputs: list[dict[str, str]]) -> None:
@@ -291,6 +300,46 @@ def test_nothing_grows_with_the_number_of_calls_that_are_broken_off(tmp_path: Pa
 
     with running(server_command(tmp_path), SLOW_MS) as port:
         check_flat(port, a_round, BREAKS_PER_WAY * len(ENDS) * len(inputs))
+
+
+class Nothing(dspy.Module):
+    """A program that costs no time."""
+
+    def forward(self, number: int) -> int:
+        return number
+
+    async def aforward(self, number: int) -> int:
+        return number
+
+
+def test_a_run_without_end_keeps_nothing_of_its_items() -> None:
+    """Time limits and hedges watch each item; what they need must go with it (B 2.1, 7.7)."""
+    limits = {"timeout_s": 30.0, "hedge_after_s": 20.0}
+    counts: list[int] = []
+
+    def note(index: int) -> None:
+        if index in {500, 1_500}:
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+
+    async def main() -> None:
+        inputs = ({"number": number} for number in itertools.count())
+        async with aclosing(Nothing().abatch_iter(inputs, num_threads=2, **limits)) as outcomes:
+            async for index, _ in outcomes:
+                note(index)
+                if index > 1_600:
+                    break
+
+    inputs = ({"number": number} for number in itertools.count())
+    with closing(Nothing().batch_iter(inputs, num_threads=2, **limits)) as outcomes:
+        for index, _ in outcomes:
+            note(index)
+            if index > 1_600:
+                break
+    anyio.run(main)
+    early, late, early_async, late_async = counts
+    assert late - early < 200
+    assert late_async - early_async < 200
 
 
 def test_the_measure_sees_what_grows() -> None:
