@@ -267,13 +267,16 @@ thread.join()
 """
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 13), reason="an interrupted `join` takes the thread for ended"
+)
 def test_ctrl_c_ends_a_process_whose_main_thread_joins_the_batch() -> None:
-    """Up to Python 3.12 an interrupted `join` cuts the thread off, results and all (B 2.6)."""
+    """Before Python 3.13 such a thread is cut off wherever it is, and tells nothing (B 2.6)."""
     child = Child(PREAMBLE + JOINED)
     child.wait_until_ready()
     told, err = child.interrupt()
     assert told["read_at_the_end"] == 5
-    assert told.get("results") in (None, {"0": 0, "1": 10, "2": 20})
+    assert told["results"] == {"0": 0, "1": 10, "2": 20}
     assert is_one_traceback(err), err
 
 
