@@ -23,6 +23,7 @@ import dspylite as dspy
 from dspylite.errors import CallCancelledError
 from dspylite.models.adaptive import Adaptive
 from dspylite.models.limits import MaxConcurrency
+from dspylite.models.litellm_door import load_litellm
 from dspylite.models.rates import RateLimit
 from dspylite.runtime.bridge import call_async, call_within
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation, check_cancelled
@@ -465,8 +466,10 @@ def in_an_async_only_module(server: FakeServer) -> Generator[Scene]:
 @scene
 def in_a_call_of_litellm_with_a_deadline(server: FakeServer) -> Generator[Scene]:
     lm = lm_of(server, engine="litellm", deadline_s=LONG_S)
+    load_litellm()  # which may take longer than a test waits
     with server.hold():
         yield Scene(lambda: lm("held"), lambda: server.wait_for_requests(1), 1, threading.Event())
+    server.wait_until_idle()  # what was left behind ends, and its connection is kept
 
 
 @scene

@@ -340,6 +340,8 @@ def test_a_stream_opened_for_a_task_that_is_gone_is_closed(engine: str, server: 
     """Nobody else could: the task never got it (B 3.2, 3.4)."""
     opened, go_on = threading.Event(), threading.Event()
     lm = lm_of(server, engine=engine)
+    lm("a first call, which may load litellm")
+    server.clear()
     call = type(lm.engine).call
 
     def slowly(self: Any, request: Any) -> Any:

@@ -1124,3 +1124,15 @@ def test_openai_sdk_chats_streams_and_embeds(server: FakeServer) -> None:
     assert [model.id for model in models] == ["fake-model"]
     assert caught.value.response.headers["retry-after"] == "1"
     assert {request.api_key for request in server.requests} == {"k"}
+
+
+def test_a_client_that_leaves_with_its_request_is_not_answered() -> None:
+    """Its end may be read together with its request, before anybody listens for it."""
+    request = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+    with FakeServer() as server, server.hold():
+        for count in range(1, 30):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(request)
+            server.wait_for_requests(count)
+            server.wait_until_idle()
+    assert all(request.client_left for request in server.requests)

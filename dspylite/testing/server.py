@@ -398,6 +398,8 @@ class FakeServer:
         entry, holds = self._journal.receive(request, connection=connection)
         task = cast("asyncio.Task[None]", asyncio.current_task())
         reader.on_gone = task.cancel
+        if reader.at_eof():  # it left behind its request, before anybody listened for that
+            task.cancel()
         status: int | None = None
         try:
             reply, answer = self._decide(entry.record)
