@@ -597,6 +597,32 @@ async def test_a_flag_stops_an_awaited_batch() -> None:
     assert flag._watchers == {}
 
 
+def test_models_and_embedders_of_ones_own_are_not_asked_either() -> None:
+    """They have no transport of ours that would look at the flag (B 3.2)."""
+    asked: list[str] = []
+
+    class Own(dspy.BaseLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            asked.append("model")
+            flag.cancel("while it was asked")
+            raise dspy.LMServerError("try again")
+
+    def embed(texts: list[str]) -> list[list[float]]:
+        asked.append("embedder")
+        return [[1.0]] * len(texts)
+
+    lm = Own("own/m", num_retries=3)
+    with Cancellation() as flag, pytest.raises(CallCancelledError):
+        lm("the attempt after the first is not made")
+    assert asked == ["model"]
+    with flag:
+        with pytest.raises(CallCancelledError):
+            lm("hi")
+        with pytest.raises(CallCancelledError):
+            dspy.Embedder(embed).embed(["hi"])
+    assert asked == ["model"]
+
+
 # --- What stays behind ---------------------------------------------------------------------------
 
 
