@@ -1,7 +1,7 @@
 """The threads that work on a run, and the thread that waits for them.
 
-A run inside another shares its threads. Not here: what an item is and how it ended
-(`concurrency/run.py`), and tasks of an event loop (`concurrency/tasks.py`).
+A run inside another shares its threads. Not here: what an item is (`concurrency/items.py`) and
+how it ended (`concurrency/run.py`), and tasks of an event loop (`concurrency/tasks.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 
-from dspylite.concurrency.run import Budget, Item, Run, invoke
+from dspylite.concurrency.items import Item, invoke
+from dspylite.concurrency.run import Budget, Run
 from dspylite.errors import CallCancelledError
 from dspylite.runtime.flow import BLOCKING, run_flow
 from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted

@@ -18,9 +18,10 @@ from contextlib import aclosing, closing
 from typing import Any, Literal, TypedDict
 
 from dspylite.concurrency.crew import Crew
+from dspylite.concurrency.items import Item, Job
 from dspylite.concurrency.outcome import Outcome, batch_error, interrupted
 from dspylite.concurrency.progress import Bar, show_progress
-from dspylite.concurrency.run import BUDGET, Item, Job, Limits, Progress, Run
+from dspylite.concurrency.run import BUDGET, Limits, Progress, Run
 from dspylite.concurrency.tasks import Tasks
 from dspylite.errors import (
     BatchError,

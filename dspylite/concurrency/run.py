@@ -1,6 +1,7 @@
 """One run over many items: what is taken, what is under way, how each item ended.
 
-The state is shared by both drivers. Not here: how items are waited for, on threads
+The state is shared by both drivers. Not here: an item itself (`concurrency/items.py`), how items
+are waited for, on threads
 (`concurrency/crew.py`) or as tasks (`concurrency/tasks.py`), and the forms of input and output that
 users see (`concurrency/parallel.py`).
 """
@@ -10,18 +11,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from dspylite.abc import Io
+from dspylite.concurrency.items import Item, Job, enter_item
 from dspylite.concurrency.outcome import Outcome, skipped
 from dspylite.errors import BatchError, CallCancelledError, ItemTimeoutError
-from dspylite.runtime.calls import set_item_index
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
-from dspylite.runtime.flow import Both
-from dspylite.runtime.settings import pin, settings
+from dspylite.runtime.settings import settings
 from dspylite.runtime.threads import carried_context
 from dspylite.runtime.tracking import UsageTracker
 
@@ -32,20 +31,6 @@ Progress = Callable[[int, int | None, int], object]
 
 
 _NONE_YET: Any = object()
-
-
-class Job(NamedTuple):
-    """One item, made callable.
-
-    Attributes:
-        target: The module or function to call.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,57 +80,6 @@ class Budget:
 
 BUDGET: ContextVar[Budget | None] = ContextVar("dspylite_worker_budget", default=None)
 """The workers of the outermost run that this context is part of; None outside of runs."""
-
-
-class Item:
-    """One item that a worker has taken, and what became of it.
-
-    Attributes:
-        index: Its place in the input.
-        source: The item as the user gave it; dropped when it succeeded.
-        started: When, on the monotonic clock.
-        tracker: Counts what it spends.
-        flag: Raised to stop it; None where nobody but the whole run is ever stopped.
-        attempts: How often it was started.
-        running: How many of these have not ended.
-        has_worker: Whether its worker is still in it; False once that goes on to other items.
-        value: What it returned.
-        error: What it raised, the first time if it was started twice.
-        ok: Whether it succeeded.
-        seconds: Wall time to its end.
-    """
-
-    __slots__ = (
-        "attempts", "error", "flag", "has_worker", "index", "ok", "running", "seconds", "source",
-        "started", "tracker", "value",
-    )  # fmt: skip
-
-    def __init__(
-        self, index: int, source: Any, parent: UsageTracker | None, flag: Cancellation | None
-    ) -> None:
-        self.index = index
-        self.source = source
-        self.started = time.monotonic()
-        self.tracker = UsageTracker(parent)
-        self.flag = flag
-        self.attempts = self.running = 1
-        self.has_worker = True
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.ok = False
-        self.seconds = 0.0
-
-    def outcome(self) -> Outcome[Any]:
-        """Return how it ended, in the form that users see."""
-        return Outcome(
-            index=self.index,
-            ok=self.ok,
-            value=self.value,
-            error=self.error,
-            attempts=self.attempts,
-            seconds=self.seconds,
-            usage=self.tracker.by_model,
-        )
 
 
 class Run:
@@ -306,7 +240,7 @@ class Run:
     def context_of(self, item: Item) -> Context:
         """Return the context that one attempt at an item runs in."""
         context = self._context.copy()
-        context.run(_enter_item, item, {**self._pinned, "usage_tracker": item.tracker})
+        context.run(enter_item, item, self._pinned)
         return context
 
     # -- the end of an item ------------------------------------------------------------------------
@@ -457,27 +391,3 @@ class Run:
         )
         error.__cause__ = self.input_error
         return error
-
-
-async def _acall(target: Any, args: Any, kwargs: Any) -> Any:
-    return await target.acall(*args, **kwargs)
-
-
-_PROGRAM: Both[[Any, Any, Any], Any] = Both(
-    lambda target, args, kwargs: target(*args, **kwargs), _acall
-)
-
-
-async def invoke(io: Io, job: Job) -> Any:
-    """Call what an item asks for, on the driver's side if it has one."""
-    target, args, kwargs = job
-    if hasattr(target, "acall"):
-        return await io.call(_PROGRAM, target, args, kwargs)
-    return await io.any(target, *args, **kwargs)
-
-
-def _enter_item(item: Item, pinned: Mapping[str, Any]) -> None:
-    set_item_index(item.index)
-    pin(pinned)
-    if item.flag is not None:
-        CANCELLATION.set(item.flag)

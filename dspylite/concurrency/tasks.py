@@ -1,7 +1,7 @@
 """The tasks of an event loop that work on a run.
 
-A run inside another shares its workers. Not here: what an item is and how it ended
-(`concurrency/run.py`), and threads (`concurrency/crew.py`).
+A run inside another shares its workers. Not here: what an item is (`concurrency/items.py`) and
+how it ended (`concurrency/run.py`), and threads (`concurrency/crew.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import anyio
 
-from dspylite.concurrency.run import Budget, Item, Run, invoke
+from dspylite.concurrency.items import Item, invoke
+from dspylite.concurrency.run import Budget, Run
 from dspylite.runtime.bridge import (
     ON_DAEMONS,
     came_from_thread,
