@@ -2,8 +2,7 @@
 
 Run it with `uvicorn examples.fastapi_app:app` (needs `pip install dspylite[fastapi] uvicorn`) and
 post `{"question": "..."}` to `/sync`, `/async` or `/stream`, with the tenant's key in the header
-`x-llm-key`. Offline by default; DSPYLITE_MODEL names another model (with DSPYLITE_API_BASE), which
-`/stream` needs: the offline one writes in one piece.
+`x-llm-key`. Offline by default; DSPYLITE_MODEL names another model (with DSPYLITE_API_BASE).
 """
 
 import os

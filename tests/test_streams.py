@@ -18,6 +18,7 @@ from dspylite import (
     BaseCallback,
     LMStream,
     Module,
+    OfflineLM,
     budget,
     context,
     track_usage,
@@ -31,7 +32,8 @@ from dspylite.errors import (
     LMTransportError,
 )
 from dspylite.models.direct import engine as direct_engine
-from dspylite.testing import FakeClock, FakeServer, Reply
+from dspylite.schema.messages import LMOutput, LMResponse
+from dspylite.testing import FakeClock, FakeLM, FakeServer, Reply
 
 KEY = "sk-key-of-this-test-0123456789"
 ENDLESS = Reply(chunks=["a "] * 5_000, chunk_delay_s=0.005)
@@ -419,3 +421,35 @@ def test_stream_read_on_another_thread_is_counted_where_it_was_opened(
         reader.join()
     assert heard.ends == [(["a b c"], None)]
     assert (spending.calls, len(module.history), tracker.total.calls) == (1, 1, 1)
+
+
+# --- Models that do not stream -------------------------------------------------------------------
+
+
+def test_model_that_cannot_stream_gives_its_answer_in_one_piece() -> None:
+    """A program that streams can be tried offline, and tested with scripted answers."""
+    lm = FakeLM([LMResponse(outputs=(LMOutput(text="a"), LMOutput(text="b", reasoning="why")))])
+    with lm.stream("q") as stream:
+        pieces = list(stream)
+    assert [(p.index, p.text, p.reasoning) for p in pieces] == [(0, "a", ""), (1, "b", "why")]
+    assert [output.text for output in stream.response.outputs] == ["a", "b"]
+    assert len(lm.history) == 1
+
+
+async def test_offline_model_streams_too() -> None:
+    """The embedded default serves every endpoint of a service."""
+    with track_usage() as tracker:
+        async with await OfflineLM().astream("Snow is white. What colour is snow?") as stream:
+            pieces = [piece async for piece in stream]
+    assert "white" in pieces[0].text
+    assert [piece.finish_reason for piece in pieces] == ["stop"]
+    assert tracker.total == stream.response.usage
+    assert tracker.total.calls == 1
+
+
+def test_fallback_that_cannot_stream_takes_over(server: FakeServer) -> None:
+    """An answer in one piece is better than none."""
+    server.script(Reply(status=500))
+    lm = lm_of(server, "direct", fallbacks=[FakeLM(["spare"])])
+    with lm.stream("q") as stream:
+        assert [piece.text for piece in stream] == ["spare"]

@@ -25,7 +25,8 @@ class LMStream:
     """An answer that comes piece by piece, to `for` and to `async for` alike.
 
     Use it in a `with` (or `async with`) block, or read it to its end: leaving either closes the
-    connection. An answer that breaks, is cut or stays empty raises; it never just ends.
+    connection. An answer that breaks, is cut or stays empty raises; it never just ends. A model
+    that cannot stream, such as the offline one, gives its answer in one piece.
 
     Attributes:
         item_index: Place in its batch of the item that opened it; None outside batches. Its pieces
@@ -43,9 +44,9 @@ class LMStream:
     """
 
     def __init__(self, response: LMResponse) -> None:
-        if response.stream is None:
+        if response.stream is None and not response.outputs:
             raise LMUnexpectedError("A policy around the call has lost its stream.")
-        self._source: DeltaSource = response.stream
+        self._source: DeltaSource = response.stream or _WholeAnswer(response)
         self._is_over = False
         self.item_index: int | None = get_item_index()
 
@@ -117,6 +118,36 @@ class LMStream:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _WholeAnswer:
+    """The answer of a model that does not stream, as one piece for each of its outputs."""
+
+    def __init__(self, response: LMResponse) -> None:
+        self.response = response
+        self._pieces = iter(
+            [
+                LMDelta(
+                    index=index,
+                    text=output.text,
+                    reasoning=output.reasoning or "",
+                    tool_calls=tuple(
+                        {"index": place, **call} for place, call in enumerate(output.tool_calls)
+                    ),
+                    finish_reason=output.finish_reason,
+                )
+                for index, output in enumerate(response.outputs)
+            ]
+        )
+
+    def call(self) -> LMDelta | None:
+        return next(self._pieces, None)
+
+    async def acall(self) -> LMDelta | None:
+        return self.call()
+
+    def close(self) -> None:
+        self._pieces = iter(())
 
 
 class WatchedStream:
