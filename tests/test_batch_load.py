@@ -23,25 +23,12 @@ import pytest
 
 import dspylite as dspy
 from dspylite.testing import FakeLM
+from tests.batch_forms import Run, forms
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def on_threads(parallel: dspy.Parallel, pairs: Any) -> Any:
-    return parallel(pairs)
-
-
-def as_tasks(parallel: dspy.Parallel, pairs: Any) -> Any:
-    return anyio.run(parallel.acall, pairs)
-
-
-def as_tasks_on_trio(parallel: dspy.Parallel, pairs: Any) -> Any:
-    return anyio.run(parallel.acall, pairs, backend="trio")
-
-
-forms = pytest.mark.parametrize("run", [on_threads, as_tasks, as_tasks_on_trio])
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-Run = Callable[[dspy.Parallel, Any], Any]
 
 
 class OddOnes(dspy.Module):

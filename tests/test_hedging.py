@@ -13,24 +13,9 @@ import pytest
 
 import dspylite as dspy
 from dspylite.testing import FakeLM, FakeServer
+from tests.batch_forms import Run, as_tasks, as_tasks_on_trio, forms, on_threads
 
 AT_ONCE = 0.02  # so soon that any item which waits for something is started again
-
-
-def on_threads(parallel: dspy.Parallel, pairs: Any) -> Any:
-    return parallel(pairs)
-
-
-def as_tasks(parallel: dspy.Parallel, pairs: Any) -> Any:
-    return anyio.run(parallel.acall, pairs)
-
-
-def as_tasks_on_trio(parallel: dspy.Parallel, pairs: Any) -> Any:
-    return anyio.run(parallel.acall, pairs, backend="trio")
-
-
-forms = pytest.mark.parametrize("run", [on_threads, as_tasks, as_tasks_on_trio])
-Run = Callable[[dspy.Parallel, Any], Any]
 
 
 class Attempts:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import anyio
@@ -14,6 +14,7 @@ import pytest
 
 import dspylite as dspy
 from dspylite.testing import FakeLM
+from tests.batch_forms import Run, forms, on_threads
 
 
 def double(x: int) -> int:
@@ -28,22 +29,6 @@ class Halve(dspy.Module):
         if x % 2:
             raise ValueError(f"{x} is odd")
         return x // 2
-
-
-def on_threads(parallel: dspy.Parallel, pairs: Any) -> Any:
-    return parallel(pairs)
-
-
-def as_tasks(parallel: dspy.Parallel, pairs: Any) -> Any:
-    return anyio.run(parallel.acall, pairs)
-
-
-def as_tasks_on_trio(parallel: dspy.Parallel, pairs: Any) -> Any:
-    return anyio.run(parallel.acall, pairs, backend="trio")
-
-
-forms = pytest.mark.parametrize("run", [on_threads, as_tasks, as_tasks_on_trio])
-Run = Callable[[dspy.Parallel, Any], Any]
 
 
 @forms
