@@ -223,6 +223,57 @@ async def test_settings_of_a_request_leave_no_trace_in_its_task(is_mounted: bool
             assert (tenant(), CANCELLATION.get()) == ("outer", None)
 
 
+@pytest.mark.parametrize("cancel_on_disconnect", [True, False])
+def test_settings_of_a_request_do_not_reach_the_next_on_its_connection(
+    cancel_on_disconnect: bool,
+) -> None:
+    """Proxies send the requests of many tenants over one connection. (B 9B)
+
+    uvicorn starts a pipelined request from inside the last `send` of the one before it, and resumes
+    reading a large upload from inside `receive` or the last `send`.
+    """
+    app = installed(cancel_on_disconnect=cancel_on_disconnect)
+
+    def look() -> str:
+        flag = CANCELLATION.get()
+        assert flag is None or flag._parent is None, "the flag hangs on another request's"
+        return tenant()
+
+    @app.get("/somebody", dependencies=[PER_TENANT])
+    async def somebody() -> str:
+        return look()
+
+    @app.get("/nobody")
+    async def nobody() -> str:
+        return look()
+
+    @app.post("/unread", dependencies=[PER_TENANT])
+    async def unread() -> str:
+        await anyio.sleep(0.1)  # the server stops reading meanwhile
+        return look()
+
+    @app.post("/read", dependencies=[PER_TENANT])
+    async def read(request: Request) -> str:
+        await anyio.sleep(0.1)
+        await request.body()
+        return look()
+
+    red = {"x-tenant": "red"}
+    with served(app) as port:
+        client = Client(port, "/somebody", "x-tenant: red\r\n")
+        client.socket.sendall(b"GET /nobody HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answers = b"".join(iter(lambda: client.socket.recv(65_536), b""))
+        client.leave()
+        assert (answers.count(b'"red"'), answers.count(b'"None"')) == (1, 1)
+        for path in ("/unread", "/read"):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
+            connection.request("POST", path, body=b"x" * 400_000, headers=red)
+            assert connection.getresponse().read() == b'"red"'
+            connection.request("GET", "/nobody")
+            assert connection.getresponse().read() == b'"None"'
+            connection.close()
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_two_tenants_at_once_never_see_each_others_settings(kind: str) -> None:
     """Each looks while the other is between its first and its last look."""

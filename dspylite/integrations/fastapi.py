@@ -23,7 +23,7 @@ from dspylite.models.base import BaseLM
 from dspylite.models.direct.engine import close_connections
 from dspylite.runtime.bridge import call_in_thread
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
-from dspylite.runtime.settings import context
+from dspylite.runtime.settings import context, overlay, pin
 
 try:
     from fastapi import Depends, FastAPI
@@ -166,7 +166,9 @@ class RequestBoundary:
     `install` adds it; other ASGI frameworks may take it alone. Inside another one it does nothing.
 
     Settings that the request's own task changes without a block end here, so that a server that
-    runs several requests in one task starts each of them clean.
+    runs several requests in one task starts each of them clean. The server itself never sees them:
+    it may start the next request of a connection, or go on to read it, from where it takes the
+    last piece of this one's response.
 
     When the client goes away before its response is complete, the task of the request is
     cancelled, which ends async handlers and closes async bodies. The thread of a sync handler, or
@@ -196,11 +198,51 @@ class RequestBoundary:
             await self.app(scope, receive, send)
             return
         scope[_BOUNDARY] = True
+        server = _Server(receive, send)
         with context():  # leaving it undoes whatever was set in it
             if self.cancel_on_disconnect and scope["type"] == "http":
-                await _Exchange(receive, send).run(self.app, scope)
+                await _Exchange(server.receive, server.send).run(self.app, scope)
             else:
-                await self.app(scope, receive, send)
+                await self.app(scope, server.receive, server.send)
+
+
+class _Server:
+    """The server's `receive` and `send`, called as from outside of the boundary.
+
+    What a server schedules while it is called inherits the context of its caller: a pipelined
+    request begins where uvicorn sends the end of the response before it, and the reader of a
+    connection that was paused is added anew where uvicorn resumes it.
+    """
+
+    __slots__ = ("_flag", "_overlay", "_receive", "_send")
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._overlay = overlay()
+        self._flag = CANCELLATION.get()
+
+    async def receive(self) -> Message:
+        values, flag = self._leave()
+        try:
+            return await self._receive()
+        finally:
+            pin(values)
+            CANCELLATION.set(flag)
+
+    async def send(self, message: Message) -> None:
+        values, flag = self._leave()
+        try:
+            await self._send(message)
+        finally:
+            pin(values)
+            CANCELLATION.set(flag)
+
+    def _leave(self) -> tuple[Mapping[str, Any] | None, Cancellation | None]:
+        inside = overlay(), CANCELLATION.get()
+        pin(self._overlay)
+        CANCELLATION.set(self._flag)
+        return inside
 
 
 class _Exchange:

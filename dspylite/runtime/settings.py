@@ -382,7 +382,12 @@ class Overlay:
                 pass  # left in another context: the overlay ended with the context it was set in
 
 
-def pin(values: Mapping[str, Any]) -> None:
+def overlay() -> Mapping[str, Any] | None:
+    """Return what the blocks around here have changed, as `pin` takes it."""
+    return _OVERLAY.get()
+
+
+def pin(values: Mapping[str, Any] | None) -> None:
     """Fix settings for the rest of the current context, without check.
 
     A run calls it inside each item's own copy of the context with the values of its snapshot, so
