@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import anyio
 import anyio.to_thread
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, Header, Request, WebSocket
+from fastapi import BackgroundTasks, Depends, FastAPI, Header, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
@@ -538,6 +538,42 @@ def test_body_of_a_stream_ends_when_its_client_goes_away(
         client.leave()
         wait(closed)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_middleware_around_sees_that_a_client_left(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Starlette's raises for a request without a response; that is no error of the app."""
+    app = installed()
+    begun = threading.Event()
+    seen: queue.Queue[int] = queue.Queue()
+
+    @app.middleware("http")
+    async def look(
+        request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        response = await call_next(request)
+        seen.put(response.status_code)
+        return response
+
+    @app.get("/sync")
+    def sync() -> None:
+        begun.set()
+        wait_for_flag()
+        dspy.check_cancelled()
+
+    @app.get("/async")
+    async def asynchronous() -> None:
+        begun.set()
+        await anyio.sleep_forever()
+
+    with served(app) as port:
+        client = Client(port, f"/{kind}")
+        wait(begun)
+        client.leave()
+        assert seen.get(timeout=LIMIT_S) == 499
+    assert caplog.records == []
 
 
 def test_background_task_runs_on_after_its_client_went_away() -> None:

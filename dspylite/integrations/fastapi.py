@@ -10,8 +10,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, cast
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
+from typing import Any, Final, cast
 
 import anyio
 import anyio.lowlevel
@@ -43,6 +48,8 @@ logger = logging.getLogger(__name__)
 _BOUNDARY = "dspylite.boundary"  # the key in an ASGI scope that is inside one
 _WEBSOCKET_FAILED, _WEBSOCKET_TRY_LATER = 1011, 1013
 """Codes that close a websocket. Source: https://www.iana.org/assignments/websocket"""
+_CLIENT_LEFT: Final = 499
+"""What nginx logs for such a request. Source: https://nginx.org/en/docs/dev/development_guide.html"""
 
 
 def install(app: FastAPI, *, errors: bool = True, cancel_on_disconnect: bool = True) -> None:
@@ -176,7 +183,8 @@ class RequestBoundary:
     model call, wait between attempts or `dspylite.check_cancelled()`. A sync body that is not asked
     for another piece is closed when it is collected. Once the last piece of the response was handed
     to the server nothing is cancelled: background tasks run on. Those of a response that was not
-    completed do not run.
+    completed do not run. Middleware around the boundary sees a status of 499 where no response had
+    begun.
 
     To hear of it, the boundary reads what the client sends, at most one message ahead of the app;
     so while an upload is read slowly, or not at all, it is not noticed. A client that waits for
@@ -255,6 +263,7 @@ class _Exchange:
         "_is_complete",
         "_is_gone",
         "_is_listening",
+        "_is_started",
         "_messages",
         "_receive",
         "_send",
@@ -272,6 +281,7 @@ class _Exchange:
         self._taken: anyio.Event | None = None  # set when the listener waits for the app
         self._failure: Exception | None = None
         self._is_listening = False
+        self._is_started = False
         self._is_complete = False
         self._is_gone = False
 
@@ -300,6 +310,8 @@ class _Exchange:
                 raise failure
             finally:
                 del failure  # else its traceback would hold it, and with it the whole request
+        if self._is_gone and not self._is_started:
+            await self._answer_nobody()
 
     async def receive(self) -> Message:
         """Give the app the next message; without a pause where there is one."""
@@ -319,11 +331,23 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         """Pass a message on, and see whether it is the last."""
+        if self._is_gone and not self._is_started:
+            await (
+                anyio.lowlevel.checkpoint()
+            )  # ends the task; a server would take half of a message
+            return
+        self._is_started = True
         if message["type"] == "http.response.body":
             self._is_complete = not message.get("more_body", False)
         elif message["type"] == "http.response.pathsend":
             self._is_complete = True
         await self._send(message)
+
+    async def _answer_nobody(self) -> None:
+        """Give middleware around the boundary a response; Starlette's own raises without one."""
+        with suppress(OSError):  # what newer servers say to whoever answers a client that is gone
+            await self._send({"type": "http.response.start", "status": _CLIENT_LEFT, "headers": []})
+            await self._send({"type": "http.response.body"})
 
     def _listen_once(self) -> None:
         if not self._is_listening:
