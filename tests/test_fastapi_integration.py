@@ -844,7 +844,13 @@ async def test_end_of_the_app_closes_this_loops_connections() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"sync_threads": 0}, {"sync_threads": True}, {"sync_threads": "9"}, {"preload": ["m"]}],
+    [
+        {"sync_threads": 0},
+        {"sync_threads": True},
+        {"sync_threads": "9"},
+        {"preload": ["m"]},
+        {"preload": dspy.OfflineLM()},
+    ],
 )
 def test_impossible_lifespan_raises_where_it_is_made(wrong: dict[str, Any]) -> None:
     """Not when the server starts, far from the line that is wrong."""

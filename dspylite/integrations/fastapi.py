@@ -422,6 +422,8 @@ def lifespan(
         >>> lm = LM("openai/gpt-4o-mini", api_key="sk-secret")
         >>> app = FastAPI(lifespan=lifespan(preload=[lm], sync_threads=100))
     """
+    if isinstance(preload, BaseLM):
+        raise SettingsError("`preload` must be a list of LMs: write `preload=[lm]`.")
     models = tuple(preload)
     for model in models:
         if not isinstance(model, BaseLM):
