@@ -411,6 +411,28 @@ def test_the_total_time_bounds_the_batch(run: Run) -> None:
 
 
 @forms
+def test_a_batch_cut_short_between_items_does_not_look_complete(run: Run) -> None:
+    """Time runs out while a slow input is read: no item failed, yet some were not taken (B 2.2)."""
+    over = threading.Event()
+
+    def slowly() -> Iterator[Any]:
+        yield double, (1,)
+        over.wait(0.3)
+        yield double, (2,)
+
+    async def aslowly() -> AsyncIterator[Any]:
+        yield double, (1,)
+        await anyio.sleep(0.3)
+        yield double, (2,)
+
+    source = slowly() if run is on_threads else aslowly()
+    with pytest.raises(dspy.BatchError, match=r"stopped because its 0\.1 s were over") as caught:
+        run(dspy.Parallel(num_threads=1, total_timeout_s=0.1), source)
+    assert caught.value.results == {0: 2}
+    assert caught.value.errors == {}
+
+
+@forms
 def test_a_system_exit_is_that_items_error(run: Run) -> None:
     """One item must not end the process (B 2.7)."""
 

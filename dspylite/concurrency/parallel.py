@@ -327,7 +327,7 @@ class Parallel:
             return values, [run.source(o.index) for o in failed], [o.error for o in failed]
         if self.on_error == "return":
             return outcomes
-        if failed:
+        if failed or run.is_cut_short:
             reason = run.stop_reason and f"the batch stopped because {run.stop_reason}"
             raise batch_error(outcomes, reason=reason, cause=None)
         return [outcome.value for outcome in outcomes]

@@ -369,6 +369,11 @@ class Run:
             return None
         return self._values
 
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether it stopped where nobody knows how many items were to come."""
+        return bool(self.stop_reason) and self.total is None and not self.is_exhausted
+
     def source(self, index: int) -> Any:
         """Return the item of a failure as the user gave it."""
         item = self._items.get(index) or self._active.get(index)
