@@ -353,3 +353,24 @@ def test_a_copy_is_not_needed_where_no_thread_can_be_had(
         patched.setattr(threading.Thread, "start", start_one)
         outcome = hedged(on_threads, work)
     assert (outcome.value, outcome.attempts) == ("the original's", 1)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_copy_that_comes_too_late_is_not_called_without_its_input(backend: str) -> None:
+    """An item that ends just when its copy is due has dropped its input already."""
+    inputs: list[int] = []
+
+    async def wait(x: int) -> int:
+        inputs.append(x)
+        await anyio.sleep(AT_ONCE)
+        return x
+
+    async def main() -> list[Any]:
+        results: list[Any] = []
+        parallel = dspy.Parallel(num_threads=50, hedge_after_s=AT_ONCE)
+        async for _, outcome in parallel.aeach(wait, [(x,) for x in range(500)]):
+            results.append(outcome.unwrap())
+        return results
+
+    assert sorted(anyio.run(main, backend=backend)) == list(range(500))
+    assert None not in inputs

@@ -244,21 +244,24 @@ class Crew:
 
     def _hedge(self, item: Item) -> None:
         """Start an item a second time, on a thread more than the others."""
-        with self._run.lock:
-            if not self._run.is_active(item):
+        run = self._run
+        with run.lock:
+            if not run.is_active(item):
                 return
             item.attempts += 1
             item.running += 1
 
         def work() -> None:
-            if self._attempt(item) and not self._run.is_active(item):
+            if not run.is_active(item):  # it ended while this thread was started
+                return
+            if self._attempt(item) and not run.is_active(item):
                 self._lose_worker(item)
 
         try:
             _start_thread(work, self._budget if self._budget.take(1) else None)
         except RuntimeError:  # the system has no more threads; the originals may still end
             self._hedge_after_s = None
-            self._run.drop_attempt(item)
+            run.drop_attempt(item)
 
     def _wait_for_room(self, room: int) -> None:
         with self._run.lock:

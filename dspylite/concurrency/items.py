@@ -37,7 +37,7 @@ class Item:
 
     Attributes:
         index: Its place in the input.
-        source: The item as the user gave it; dropped when it succeeded.
+        source: The item as the user gave it; dropped when it succeeded and no attempt is left.
         started: When, on the monotonic clock.
         tracker: Counts what it spends.
         flag: Raised to stop it; None where nobody but the whole run is ever stopped.

@@ -302,7 +302,8 @@ class Run:
         item.error = error
         if error is None:
             item.ok = True
-            item.source = None
+            if item.flag is None or not item.running:  # else another attempt may just begin
+                item.source = None
         else:
             self._errors += 1
             most = self.limits.max_errors

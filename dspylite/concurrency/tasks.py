@@ -199,6 +199,8 @@ class Tasks:
         run = self._run
 
         async def attempt() -> None:
+            if not run.is_active(item):  # it ended before this task had its turn
+                return
             await self._attempt(item)
             if not run.is_active(item):
                 race.cancel_scope.cancel()
