@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
@@ -523,6 +524,46 @@ def test_a_progress_callback_that_raises_harms_nothing(caplog: pytest.LogCapture
 
     assert dspy.Parallel(progress=broken)([(double, (1,))]) == [2]
     assert "progress callback failed" in caplog.text
+
+
+@forms
+@pytest.mark.parametrize("error", [SystemExit(1), GeneratorExit(), asyncio.CancelledError()])
+def test_a_progress_callback_that_wants_to_exit_harms_nothing(
+    run: Run, error: BaseException
+) -> None:
+    """Such an exception once ended the worker, and the batch waited for it for ever (B 2.10)."""
+
+    def leave(done: int, total: int | None, errors: int) -> None:
+        del done, total, errors
+        raise error
+
+    pairs = [(double, (x,)) for x in range(5)]
+    assert run(dspy.Parallel(num_threads=2, progress=leave), pairs) == [0, 2, 4, 6, 8]
+
+
+def test_a_log_handler_that_raises_does_not_hang_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run ends and keeps what it has; the handler's error is the thread's."""
+    thread_died = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: thread_died.set())
+
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("the disk is full")
+
+    handler, log = Broken(), logging.getLogger("dspylite.concurrency.run")
+    log.addHandler(handler)
+    try:
+        with pytest.raises(dspy.BatchError, match=r"a worker failed \(OSError\)") as caught:
+            dspy.Parallel(num_threads=1, provide_traceback=True)(
+                (Halve(), {"x": x}) for x in range(4)
+            )
+    finally:
+        log.removeHandler(handler)
+    assert thread_died.wait(5)
+    assert caught.value.results == {0: 0}
+    assert isinstance(caught.value.errors[1], ValueError)
 
 
 def test_the_progress_bar_stays_off_where_nobody_looks(capfd: pytest.CaptureFixture[str]) -> None:

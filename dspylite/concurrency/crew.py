@@ -200,16 +200,23 @@ class Crew:
                     raise
 
     def _work(self) -> None:
-        run = self._run
-        while (item := run.take()) is not None:
-            self._attempt(item)
-            if item.flag is not None and not self._leave(item):
-                return  # given up with its item; another worker has this one's place
-            if self._room is not None:
-                self._wait_for_room(self._room)
-        with run.lock:
-            self._live -= 1
-            self._changed.notify_all()
+        run, is_waited_for = self._run, True
+        try:
+            while (item := run.take()) is not None:
+                self._attempt(item)
+                if item.flag is not None and not self._leave(item):
+                    is_waited_for = False  # given up with its item; another has this one's place
+                    return
+                if self._room is not None:
+                    self._wait_for_room(self._room)
+        except BaseException as error:  # of a log handler, say; else the run would wait for ever
+            run.stop(f"a worker failed ({type(error).__name__})")
+            raise
+        finally:
+            if is_waited_for:
+                with run.lock:
+                    self._live -= 1
+                    self._changed.notify_all()
 
     def _attempt(self, item: Item) -> bool:
         run = self._run

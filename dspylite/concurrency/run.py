@@ -279,7 +279,9 @@ class Run:
             self._ended += 1
             try:
                 self._progress(self._ended, self.total, self._errors)
-            except Exception:  # reported here; a broken progress display must not harm the batch
+            except BaseException as failure:  # a broken progress display must not harm the batch
+                if _is_ctrl_c(failure):
+                    raise
                 logger.warning("the progress callback failed", exc_info=True)
             return True
 
@@ -293,7 +295,9 @@ class Run:
                 item.flag.cancel("the item has ended")
             item.flag.close()
         if is_first and error is not None and self._log_tracebacks:
-            logger.error("item %d failed", item.index, exc_info=error)
+            # A triple, because an exception may be false, or refuse to say.
+            triple = (type(error), error, error.__traceback__)
+            logger.error("item %d failed", item.index, exc_info=triple)
         return is_first
 
     def _store(self, item: Item, error: BaseException | None, value: Any) -> bool:
@@ -397,3 +401,9 @@ class Run:
         )
         error.__cause__ = self.input_error
         return error
+
+
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Tell whether an exception is the user's Ctrl-C, which arrives in the main thread alone."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and isinstance(error, KeyboardInterrupt)
