@@ -485,6 +485,30 @@ def test_impossible_options_are_refused_when_it_is_made(options: dict[str, Any])
         dspy.Parallel(**options)
 
 
+class UnsayableError(Exception):
+    """An error without a text."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@forms
+def test_an_error_that_cannot_be_told_costs_no_result(run: Run) -> None:
+    """`str()` of an item's error raises; the batch still tells what it has (B 2.2)."""
+
+    async def fail_at_one(x: int) -> int:
+        if x == 1:
+            raise UnsayableError
+        return x
+
+    with pytest.raises(dspy.BatchError, match=r"The first error: UnsayableError\.") as caught:
+        run(
+            dspy.Parallel(num_threads=2),
+            [(fail_at_one, (x,)) for x in range(4)],
+        )
+    assert caught.value.results == {0: 0, 2: 2, 3: 3}
+
+
 def test_something_that_is_no_batch_is_refused() -> None:
     """A single input in place of a list is a likely slip."""
     with pytest.raises(dspy.InputFieldError, match="5"):

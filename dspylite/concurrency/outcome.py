@@ -65,7 +65,7 @@ def batch_error(
     """Make the error that tells of every failure and keeps every result."""
     errors = {o.index: o.error for o in outcomes if o.error is not None and o.attempts}
     untried = sum(1 for o in outcomes if not o.attempts)
-    first = cause or next(iter(errors.values()), None)
+    first = next(iter(errors.values()), None) if cause is None else cause
     parts = [f"{len(errors)} of {len(outcomes)} items failed"]
     if untried:
         parts.append(f"{untried} were not tried")
@@ -73,7 +73,7 @@ def batch_error(
         parts.append(reason)
     text = "; ".join(parts)
     error = BatchError(
-        f"{text}. The first error: {type(first).__name__}: {first}. Finished results are in "
+        f"{text}. The first error: {_told(first)}. Finished results are in "
         "`.results`, errors in `.errors`, both by index."
         if first is not None
         else f"{text}. Finished results are in `.results` by index.",
@@ -95,3 +95,11 @@ def interrupted(outcomes: Sequence[Outcome[Any]]) -> BatchInterrupted:
         errors={o.index: o.error for o in outcomes if o.error is not None and o.attempts},
         untried=sum(1 for o in outcomes if not o.attempts),
     )
+
+
+def _told(error: BaseException) -> str:
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception:  # noqa: BLE001  # its own `__str__` fails; what finished must not be lost for that
+        return name
