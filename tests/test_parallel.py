@@ -509,6 +509,20 @@ def test_an_error_that_cannot_be_told_costs_no_result(run: Run) -> None:
     assert caught.value.results == {0: 0, 2: 2, 3: 3}
 
 
+@forms
+def test_an_input_that_does_not_know_its_length_will_do(run: Run) -> None:
+    """A wrapper around a generator has a `__len__` that raises, as that of `tqdm` does (B 2.1)."""
+
+    class Shown:
+        def __iter__(self) -> Iterator[Any]:
+            return ((double, (x,)) for x in range(3))
+
+        def __len__(self) -> int:
+            raise TypeError("object of type 'generator' has no len()")
+
+    assert run(dspy.Parallel(num_threads=2), Shown()) == [0, 2, 4]
+
+
 def test_something_that_is_no_batch_is_refused() -> None:
     """A single input in place of a list is a likely slip."""
     with pytest.raises(dspy.InputFieldError, match="5"):

@@ -363,7 +363,10 @@ class Parallel:
 
 
 def _size(items: Any) -> int | None:
-    return len(items) if isinstance(items, Sized) else None
+    try:
+        return len(items) if isinstance(items, Sized) else None
+    except Exception:  # noqa: BLE001  # a wrapper that asks a generator for its length, as progress bars do
+        return None
 
 
 def _refuse_running_loop(name: str) -> None:
