@@ -445,6 +445,33 @@ def test_a_system_exit_is_that_items_error(run: Run) -> None:
     assert outcomes[1].value == 2
 
 
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_items_that_wait_for_nothing_do_not_stop_the_loop(backend: str) -> None:
+    """Other tasks get their turns, and the total time is kept (B 2.5)."""
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await anyio.sleep(0)
+            turns += 1
+
+    async def at_once() -> None:
+        pass
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(count_turns)
+            with pytest.raises(dspy.BatchError, match=r"its 0\.3 s were over"):
+                await dspy.Parallel(num_threads=4, total_timeout_s=0.3).acall(
+                    (at_once, ()) for _ in range(2_000_000)
+                )
+            group.cancel_scope.cancel()
+
+    anyio.run(main, backend=backend)
+    assert turns >= 5
+
+
 @forms
 def test_an_input_that_raises_keeps_what_finished(run: Run) -> None:
     """A broken file half-way through the input loses nothing."""

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from dspylite.concurrency.items import Item, invoke
 from dspylite.concurrency.run import Budget, Run
@@ -29,6 +30,9 @@ from dspylite.runtime.flow import ASYNC
 from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted
 from dspylite.runtime.threads import InContext
 
+_TURN_S = 0.01
+"""How long all tasks of a run together may keep the loop from its other tasks; guessed."""
+
 
 class Tasks:
     """Runs a run as tasks of the running event loop.
@@ -42,6 +46,7 @@ class Tasks:
     def __init__(self, num_tasks: int, room: int | None = None) -> None:
         self._num_tasks = num_tasks
         self._room = room
+        self._turn_s = _TURN_S / num_tasks
         self._ready: deque[Item] = deque()
         self._run: Run
         self._taking: anyio.Lock
@@ -160,8 +165,12 @@ class Tasks:
 
     async def _work(self, budget: Budget | None) -> None:
         try:
+            turn_began = time.monotonic()
             while (item := await self._take()) is not None:
                 await self._attend(item)
+                if time.monotonic() - turn_began > self._turn_s:
+                    await checkpoint()  # items that wait for nothing would stop the loop
+                    turn_began = time.monotonic()
                 if self._run.is_stopped and self._reading is not None:
                     self._reading.cancel()  # an input may never give its next item
                 if self._room is not None:
