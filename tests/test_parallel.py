@@ -445,6 +445,28 @@ def test_a_system_exit_is_that_items_error(run: Run) -> None:
     assert outcomes[1].value == 2
 
 
+class StrangeExit(BaseException):
+    """An exit that is none of Python's own, such as those of test runners."""
+
+
+@forms
+@pytest.mark.parametrize("error", [StrangeExit(), BaseExceptionGroup("", [SystemExit(1)])])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_any_other_exit_is_that_items_error(run: Run, error: BaseException, is_async: bool) -> None:
+    """Threads and tasks tell an item's end from the batch's in the same way (B 2.7)."""
+
+    def leave() -> None:
+        raise error
+
+    async def aleave() -> None:
+        raise error
+
+    pairs = [(double, (1,)), (aleave if is_async else leave, ()), (double, (2,))]
+    outcomes = run(dspy.Parallel(num_threads=2, on_error="return"), pairs)
+    assert outcomes[1].error is error
+    assert [outcomes[0].value, outcomes[2].value] == [2, 4]
+
+
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_items_that_wait_for_nothing_do_not_stop_the_loop(backend: str) -> None:
     """Other tasks get their turns, and the total time is kept (B 2.5)."""

@@ -247,11 +247,12 @@ class Tasks:
 def _ends_the_task(error: BaseException) -> bool:
     """Tell whether an exception is more than the end of one item.
 
-    A Ctrl-C is, but not the `KeyboardInterrupt` of a worker thread, where no signal arrives; and a
-    cancellation is, but not that of another task which the item awaited.
+    A Ctrl-C is, but not the `KeyboardInterrupt` of a worker thread, where no signal arrives; so is
+    the closing of the task's coroutine; and a cancellation is, but not that of another task which
+    the item awaited.
     """
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, BaseExceptionGroup):
+        return not came_from_thread(error) and any(map(_ends_the_task, error.exceptions))
+    if isinstance(error, KeyboardInterrupt | GeneratorExit):
         return not came_from_thread(error)
-    if isinstance(error, anyio.get_cancelled_exc_class()):
-        return is_cancelled()
-    return not isinstance(error, Exception | SystemExit)
+    return isinstance(error, anyio.get_cancelled_exc_class()) and is_cancelled()
