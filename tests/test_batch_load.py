@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import os
 import pickle
 import subprocess
@@ -381,6 +382,38 @@ def test_fewer_threads_do_the_batch_where_there_are_no_more(
         patched.setattr(threading.Thread, "start", _start_only(2))
         results = dspy.Parallel(num_threads=50)([(abs, (-x,)) for x in range(500)])
     assert results == list(range(500))
+
+
+def test_a_nested_batch_needs_no_thread_but_that_of_its_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The only worker does the inner batches, too (B 2.9)."""
+
+    def inner(x: int) -> list[int]:
+        return dspy.Parallel(num_threads=4)([(abs, (-x,)), (abs, (-x,))])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", _start_only(1))
+        results = dspy.Parallel(num_threads=4)([(inner, (x,)) for x in range(3)])
+    assert results == [[x, x] for x in range(3)]
+
+
+def test_a_short_input_of_unknown_length_starts_few_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many are allowed, no more are started once all items are taken (B 2.9)."""
+    start, started = threading.Thread.start, itertools.count()
+
+    def start_and_let_it_work(thread: threading.Thread) -> None:
+        next(started)
+        start(thread)
+        thread.join(0.05)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_and_let_it_work)
+        results = dspy.Parallel(num_threads=1_000)((abs, (-x,)) for x in range(3))
+    assert results == [0, 1, 2]
+    assert next(started) <= 3
 
 
 def test_without_any_thread_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,9 +108,16 @@ class Crew:
             budget = Budget(self._num_threads)
             run.set_budget(budget)
         self._budget = budget
-        crew = budget.take(width - works_too)
-        for _ in range(crew):
-            self._start_worker(budget)
+        crew = left = budget.take(width - works_too)
+        try:
+            while left and run.goes_on():  # the first ones may have taken all there is
+                left -= 1
+                self._start_worker(budget)
+        except RuntimeError:  # the system has no more threads; fewer will do
+            if not self._live and not works_too and run.goes_on():
+                raise
+        finally:
+            budget.give(left)
         if not crew and not works_too:  # nested, with no thread to spare: one more than the budget
             self._start_worker(None)
         return works_too
@@ -193,11 +200,10 @@ class Crew:
             self._live += 1
         try:
             _start_thread(self._work, budget)
-        except RuntimeError:  # the system has no more threads; fewer will do
+        except RuntimeError:
             with self._run.lock:
                 self._live -= 1
-                if not self._live and self._run.goes_on():
-                    raise
+            raise
 
     def _work(self) -> None:
         run, is_waited_for = self._run, True
@@ -246,8 +252,9 @@ class Crew:
         if is_lost and self._run.goes_on():
             try:
                 self._start_worker(self._budget if self._budget.take(1) else None)
-            except RuntimeError as error:  # nobody is left to work; what finished is kept
-                self._run.stop(f"no thread could be started ({error})")
+            except RuntimeError as error:
+                if not self._live:  # nobody is left to work; what finished is kept
+                    self._run.stop(f"no thread could be started ({error})")
 
     def _hedge(self, item: Item) -> None:
         """Start an item a second time, on a thread more than the others."""

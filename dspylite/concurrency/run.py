@@ -72,10 +72,10 @@ class Budget:
             self._free -= taken
             return taken
 
-    def give(self) -> None:
-        """Give one worker back."""
+    def give(self, count: int = 1) -> None:
+        """Give workers back."""
         with self._lock:
-            self._free += 1
+            self._free += count
 
 
 BUDGET: ContextVar[Budget | None] = ContextVar("dspylite_worker_budget", default=None)
