@@ -545,6 +545,27 @@ def test_inputs_of_items_that_succeeded_are_not_kept(run: Run) -> None:
     assert [row() for row in rows] == [None] * 50
 
 
+@pytest.mark.parametrize("run", [on_threads, as_tasks])
+def test_results_are_let_go_with_their_list(run: Run) -> None:
+    """A batch that is over is in no cycle that waits for the garbage collector (B 2.4)."""
+
+    class Result:
+        pass
+
+    gc.collect()
+    gc.disable()
+    try:
+        results = run(dspy.Parallel(num_threads=2), [(Result, ()) for _ in range(4)])
+        kept = [weakref.ref(result) for result in results]
+        del results
+        for thread in threading.enumerate():
+            if thread.name.startswith("dspylite-worker"):
+                thread.join(5)
+        assert not any(ref() for ref in kept)
+    finally:
+        gc.enable()
+
+
 def test_inputs_are_let_go_while_the_batch_goes_on() -> None:
     """Else a million documents would be in memory at its end (B 2.1)."""
     rows: list[weakref.ref[Row]] = []

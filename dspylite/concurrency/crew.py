@@ -74,7 +74,7 @@ class Crew:
         self._run = run
         self._changed = threading.Condition(run.lock)
         run.open()
-        run.flag.watch(self._wake)
+        waking = run.flag.watch(self._wake)
         try:
             works_too = self._start()
             while works_too and (item := run.take()) is not None:
@@ -91,6 +91,9 @@ class Crew:
                 self._wait_a_moment()
             raise
         finally:
+            run.flag.unwatch(
+                waking
+            )  # else the results would stay until the garbage collector comes
             run.close()
 
     def _start(self) -> bool:
