@@ -613,3 +613,17 @@ def test_memory_stays_flat_however_many_items() -> None:
     count, grown_kb = map(int, done.stdout.split())
     assert count == 60_000
     assert grown_kb < 300, "a list of that length is larger"
+
+
+def test_workers_that_wait_for_room_are_woken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item that is ready wakes its reader, not every worker that stands still (B 2.8)."""
+    wait, waits = threading.Condition.wait, itertools.count()
+
+    def counted(condition: threading.Condition, timeout: float | None = None) -> bool:
+        next(waits)
+        return wait(condition, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait", counted)
+    for _ in dspy.Parallel(num_threads=400).each(half, [(2,)] * 5_000):
+        pass
+    assert next(waits) < 4 * 5_000

@@ -40,7 +40,10 @@ class Crew:
         self._ready: deque[Item] = deque()
         self._run: Run
         self._budget: Budget
-        self._changed: threading.Condition  # over the run's lock, which guards all below
+        # Both over the run's lock, which guards all below; two, so that an item that is ready wakes
+        # the one who waits for it, and not every worker that waits for room.
+        self._changed: threading.Condition
+        self._has_room: threading.Condition
         self._live = 0  # workers that are waited for
         self._ends_at: float | None = None
         self._hedge_after_s: float | None = None
@@ -73,6 +76,7 @@ class Crew:
         """
         self._run = run
         self._changed = threading.Condition(run.lock)
+        self._has_room = threading.Condition(run.lock)
         run.open()
         waking = run.flag.watch(self._wake)
         try:
@@ -127,8 +131,9 @@ class Crew:
 
     def _fetch(self) -> Item:
         item = self._ready.popleft()
-        if self._room is not None and len(self._ready) == self._room - 1:
-            self._wake()  # there is room again
+        if self._room is not None and len(self._ready) < self._room:
+            with self._run.lock:
+                self._has_room.notify()
         return item
 
     def _attend(self) -> bool:
@@ -195,6 +200,7 @@ class Crew:
     def _wake(self) -> None:
         with self._run.lock:
             self._changed.notify_all()
+            self._has_room.notify_all()
 
     # -- the threads that work ---------------------------------------------------------------------
 
@@ -283,7 +289,7 @@ class Crew:
     def _wait_for_room(self, room: int) -> None:
         with self._run.lock:
             while len(self._ready) >= room and not self._run.is_stopped:
-                self._changed.wait()
+                self._has_room.wait()
 
 
 def _start_thread(work: Callable[[], None], budget: Budget | None) -> None:
