@@ -196,6 +196,18 @@ def test_nested_batches_with_limits_finish(run: Run, options: dict[str, float]) 
     assert max(alive) <= 32
 
 
+@pytest.mark.parametrize("seconds", [1e12, float("inf")])
+@pytest.mark.parametrize("name", ["timeout_s", "total_timeout_s", "hedge_after_s"])
+def test_a_limit_beyond_all_clocks_is_none(name: str, seconds: float) -> None:
+    """A nested batch waits as long as it takes, which the system's waits refuse to (B 2.5)."""
+
+    def inner() -> list[int]:
+        limited = dspy.Parallel(num_threads=2, **{name: seconds})  # type: ignore[arg-type]
+        return limited([(abs, (-1,)), (time.sleep, (0.05,))])  # type: ignore[no-any-return]
+
+    assert dspy.Parallel()([(inner, ())]) == [[1, None]]
+
+
 @forms
 def test_tokens_of_a_nested_batch_count_for_its_item_too(run: Run) -> None:
     """Each level knows its own cost (B 2.2, 4.10)."""

@@ -289,3 +289,12 @@ def test_impossible_deadline_is_refused_at_once(deadline_s: Any) -> None:
     """A mistake is found when the LM is made, not when the first call ends early."""
     with pytest.raises((SettingsError, dspy.LMConfigurationError), match="deadline_s"):
         LM("openai/m", deadline_s=deadline_s)
+
+
+@pytest.mark.parametrize("deadline_s", [1e12, float("inf")])
+def test_a_deadline_beyond_all_clocks_is_none(deadline_s: float, server: FakeServer) -> None:
+    """Calls that wait in line do so as long as it takes, which the system's waits refuse to."""
+    lm = LM("openai/m", api_base=server.base_url, api_key="k", engine="direct", max_concurrency=1)
+    with context(deadline_s=deadline_s):
+        answers = dspy.Parallel(num_threads=4)([(lm, (f"hi {n}",)) for n in range(8)])
+    assert len(answers) == 8

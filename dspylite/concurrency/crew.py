@@ -154,7 +154,9 @@ class Crew:
                 if not late and not slow:
                     if is_outermost:  # also for Ctrl-C that does not wake a waiting thread
                         wait_s = min(LOOK_EVERY_S, LOOK_EVERY_S if wait_s is None else wait_s)
-                    self._changed.wait(wait_s)
+                    self._changed.wait(
+                        None if wait_s is None else min(wait_s, threading.TIMEOUT_MAX)
+                    )
             for item in slow:
                 self._hedge(item)
             for item, error in late:

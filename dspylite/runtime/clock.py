@@ -34,7 +34,7 @@ class SystemClock:
 
     def wait(self, event: threading.Event, seconds: float | None) -> None:
         """Block this thread until the event is set or the seconds are over."""
-        event.wait(seconds)
+        event.wait(None if seconds is None else min(seconds, threading.TIMEOUT_MAX))
 
     async def await_(self, event: anyio.Event, seconds: float | None) -> None:
         """Wait on this event loop until the event is set or the seconds are over."""
