@@ -572,6 +572,21 @@ def test_an_input_that_does_not_know_its_length_will_do(run: Run) -> None:
     assert run(dspy.Parallel(num_threads=2), Shown()) == [0, 2, 4]
 
 
+@forms
+def test_an_input_that_is_shorter_than_it_says_has_no_missing_items(run: Run) -> None:
+    """Its length was an estimate; only what it gave is an item (B 2.2)."""
+
+    class Estimate:
+        def __iter__(self) -> Iterator[Any]:
+            return ((double, (x,)) for x in range(3))
+
+        def __len__(self) -> int:
+            return 5
+
+    outcomes = run(dspy.Parallel(num_threads=2, on_error="return"), Estimate())
+    assert [outcome.value for outcome in outcomes] == [0, 2, 4]
+
+
 def test_something_that_is_no_batch_is_refused() -> None:
     """A single input in place of a list is a likely slip."""
     with pytest.raises(dspy.InputFieldError, match="5"):

@@ -353,7 +353,9 @@ class Run:
 
     def outcomes(self) -> list[Outcome[Any]]:
         """Return one outcome per item of the input, as far as it is known, in input order."""
-        known = max(self._taken, self.total or 0)
+        # An input that was read to its end has told its length; what it announced was a guess.
+        is_read = self.is_exhausted and self.input_error is None
+        known = self._taken if is_read else max(self._taken, self.total or 0)
         return [self._outcome(index) for index in range(known)]
 
     def _outcome(self, index: int) -> Outcome[Any]:
