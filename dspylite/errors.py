@@ -268,6 +268,20 @@ class BatchError(DSPyError):
         self.errors = dict(errors)
         self.untried = untried
 
+    def to_http(self) -> ErrorResponse:
+        """Answer as the first failure would, where all of them are ours."""
+        failed = [self.errors[index] for index in sorted(self.errors)]
+        if failed and all(isinstance(error, DSPyError) for error in failed):
+            first = failed[0]
+            assert isinstance(first, DSPyError)
+            return first.to_http()
+        return super().to_http()
+
+    @property
+    def http_message(self) -> str:
+        """One sentence for the caller of a web service."""
+        return "A part of the request failed."
+
 
 class ItemSkippedError(DSPyError):
     """An item of a batch was never started, because the batch stopped before it.

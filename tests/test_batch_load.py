@@ -24,7 +24,7 @@ import pytest
 
 import dspylite as dspy
 from dspylite.testing import FakeLM
-from tests.batch_forms import Run, forms
+from tests.batch_forms import Run, as_tasks, forms, on_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -338,10 +338,11 @@ def test_an_input_that_hangs_does_not_hang_a_limited_batch(limit: dict[str, Any]
         reading.set()
         release.wait(30)
 
-    (outcome,) = dspy.Parallel(num_threads=2, on_error="return", **limit)(pairs())
+    outcome, rest = dspy.Parallel(num_threads=2, on_error="return", **limit)(pairs())
     assert not release.is_set()
     release.set()
     assert isinstance(outcome.error, ValueError)
+    assert isinstance(rest.error, dspy.ItemSkippedError)
 
 
 @backends
@@ -365,8 +366,9 @@ def test_an_async_input_that_hangs_does_not_hang_a_limited_batch(
 
         with anyio.fail_after(20):
             parallel = dspy.Parallel(num_threads=2, on_error="return", **limit)
-            (outcome,) = await parallel.acall(pairs())
+            outcome, rest = await parallel.acall(pairs())
         assert isinstance(outcome.error, ValueError)
+        assert isinstance(rest.error, dspy.ItemSkippedError)
 
     anyio.run(main, backend=backend)
 

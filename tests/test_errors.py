@@ -451,3 +451,20 @@ def test_an_error_of_the_users_own_tree_has_an_answer_for_http() -> None:
     assert StorageError("full").to_http().body["error"]["message"] == "The model failed to answer."
     backend = BackendError("x").to_http()
     assert (backend.status, backend.body["error"]["message"]) == (599, "The backend sleeps.")
+
+
+def test_batch_whose_failures_are_ours_answers_as_the_first_of_them() -> None:
+    """The client of a service must learn how long to wait, not that a batch was used."""
+    busy = LMRateLimitError("slow down", retry_after=7)
+    error = BatchError("2 of 3", results={1: "a"}, errors={2: LMServerError("down"), 0: busy})
+    assert error.to_http() == busy.to_http()
+    assert error.to_http().headers["retry-after"] == "7"
+
+
+def test_batch_with_a_failure_of_other_code_is_an_error_of_the_service() -> None:
+    """It is no failure of the model, and what it says is nobody's business."""
+    answer = BatchError("1 of 1", results={}, errors={0: KeyError("secret")}).to_http()
+    assert (answer.status, answer.body["error"]["message"]) == (
+        500,
+        "A part of the request failed.",
+    )

@@ -60,14 +60,27 @@ def skipped(index: int, reason: str) -> Outcome[Any]:
 
 
 def batch_error(
-    outcomes: Sequence[Outcome[Any]], *, reason: str, cause: BaseException | None
+    outcomes: Sequence[Outcome[Any]],
+    *,
+    reason: str,
+    cause: BaseException | None,
+    is_whole: bool = True,
 ) -> BatchError:
-    """Make the error that tells of every failure and keeps every result."""
+    """Make the error that tells of every failure and keeps every result.
+
+    Args:
+        outcomes: Of all items that are known.
+        reason: Why the batch stopped early; empty where it did not.
+        cause: What to name first, if it is not the first failure of an item.
+        is_whole: Whether there are no items besides.
+    """
     errors = {o.index: o.error for o in outcomes if o.error is not None and o.attempts}
     untried = sum(1 for o in outcomes if not o.attempts)
     first = next(iter(errors.values()), None) if cause is None else cause
     parts = [f"{len(errors)} of {len(outcomes)} items failed"]
-    if untried:
+    if not is_whole:
+        parts.append("nobody knows how many were not tried")
+    elif untried:
         parts.append(f"{untried} were not tried")
     if reason:
         parts.append(reason)
@@ -79,7 +92,7 @@ def batch_error(
         else f"{text}. Finished results are in `.results` by index.",
         results={o.index: o.value for o in outcomes if o.ok},
         errors=errors,
-        untried=untried,
+        untried=untried if is_whole else None,
     )
     error.__cause__ = first
     return error

@@ -32,6 +32,7 @@ from dspylite.errors import (
 )
 from dspylite.runtime.bridge import is_in_notebook, running_library
 from dspylite.runtime.settings import check_deadline, settings
+from dspylite.runtime.threads import is_async
 from dspylite.schema.records import Example
 
 OnError = Literal["raise", "return"]
@@ -80,7 +81,8 @@ class Parallel:
             besides the first; whichever succeeds first counts, and the other is told to stop. Both
             may be paid for. None: every item runs once.
         progress: True draws a bar on stderr if that is a terminal (needs the extra `progress`); a
-            function is called as `progress(done, total, errors)` after each item.
+            function is called as `progress(done, total, errors)` after each item, one call at a
+            time, so it must be quick.
 
     Raises:
         SettingsError: A number is impossible.
@@ -115,6 +117,8 @@ class Parallel:
                 raise SettingsError(
                     f"`{name}` must be a whole number of at least 1, not {value!r}."
                 )
+        if callable(progress) and is_async(progress):
+            raise SettingsError("`progress` is called from workers, so it must not be async.")
         for name, seconds in (
             ("timeout_s", timeout_s),
             ("total_timeout_s", total_timeout_s),
@@ -322,6 +326,9 @@ class Parallel:
         if run.input_error is not None:
             reason = "the input raised an error, so nobody knows how many items it has"
             raise batch_error(outcomes, reason=reason, cause=run.input_error)
+        if run.is_cut_short and (self.return_failed_examples or self.on_error == "return"):
+            failed.append(run.rest())  # else a shorter list would pass for the whole
+            outcomes.append(failed[-1])
         if self.return_failed_examples:
             values = [outcome.value for outcome in outcomes]
             return values, [run.source(o.index) for o in failed], [o.error for o in failed]
@@ -329,7 +336,7 @@ class Parallel:
             return outcomes
         if failed or run.is_cut_short:
             reason = run.stop_reason and f"the batch stopped because {run.stop_reason}"
-            raise batch_error(outcomes, reason=reason, cause=None)
+            raise batch_error(outcomes, reason=reason, cause=None, is_whole=not run.is_cut_short)
         return [outcome.value for outcome in outcomes]
 
     def _pair_as_job(self, index: int, pair: Any) -> Job:

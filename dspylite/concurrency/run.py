@@ -20,6 +20,7 @@ from dspylite.concurrency.items import Item, Job, enter_item
 from dspylite.concurrency.outcome import Outcome, skipped
 from dspylite.errors import BatchError, CallCancelledError, ItemTimeoutError
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
+from dspylite.runtime.forks import watch_forks
 from dspylite.runtime.settings import settings
 from dspylite.runtime.threads import carried_context
 from dspylite.runtime.tracking import UsageTracker
@@ -58,12 +59,19 @@ class Limits:
 class Budget:
     """Workers that one outermost run and all runs nested in it may use together.
 
-    Threads and tasks count alike.
+    Threads and tasks count alike. In a forked child only the one that forked is left.
     """
 
     def __init__(self, workers: int) -> None:
-        self._lock = threading.Lock()  # guards the count; nothing is called while it is held
+        self._workers = workers
         self._free = workers
+        self._lock = threading.Lock()  # guards the count; nothing is called while it is held
+        watch_forks(self)
+
+    def reset_after_fork(self) -> None:
+        """Count all workers but this one as free."""
+        self._lock = threading.Lock()
+        self._free = self._workers - 1
 
     def take(self, wanted: int) -> int:
         """Take up to `wanted` workers; return how many there were."""
@@ -380,6 +388,10 @@ class Run:
     def is_cut_short(self) -> bool:
         """Whether it stopped where nobody knows how many items were to come."""
         return bool(self.stop_reason) and self.total is None and not self.is_exhausted
+
+    def rest(self) -> Outcome[Any]:
+        """Return one outcome for all items of an input that was cut short."""
+        return skipped(self._taken, f"{self.stop_reason}, and so were all items after it")
 
     def source(self, index: int) -> Any:
         """Return the item of a failure as the user gave it."""

@@ -291,7 +291,7 @@ class _Exchange:
         with self._flag:
             async with anyio.create_task_group() as self._tasks:
                 # Asking for the body would invite a client to send one that the app may refuse.
-                if not any(name == b"expect" for name, _ in scope["headers"]):
+                if not _is_asked_first(scope["headers"]):
                     self._listen_once()
                 try:
                     await app(scope, self.receive, self.send)
@@ -332,9 +332,8 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         """Pass a message on, and see whether it is the last."""
         if self._is_gone and not self._is_started:
-            await (
-                anyio.lowlevel.checkpoint()
-            )  # ends the task; a server would take half of a message
+            # Ends the task; a server would take half of a message.
+            await anyio.lowlevel.checkpoint()
             return
         self._is_started = True
         if message["type"] == "http.response.body":
@@ -377,6 +376,11 @@ class _Exchange:
         came, self._came = self._came, None
         if came is not None:
             came.set()
+
+
+def _is_asked_first(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Tell whether a client waits with its body until it is asked for it."""
+    return any(name == b"expect" and b"100-continue" in value.lower() for name, value in headers)
 
 
 def _is_cancelled(error: BaseException | None) -> bool:
