@@ -15,7 +15,8 @@ import anyio.from_thread
 import pytest
 
 import dspylite as dspy
-from dspylite.runtime.bridge import call_async, running_library
+from dspylite.runtime.bridge import call_async
+from dspylite.runtime.loops import running_library
 
 
 async def test_asyncify_returns_what_the_program_returns() -> None:

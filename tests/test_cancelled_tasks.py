@@ -21,8 +21,8 @@ import pytest
 import trio
 
 import dspylite as dspy
-from dspylite.runtime.bridge import _loop
 from dspylite.runtime.cancellation import Cancellation
+from dspylite.runtime.workers import _loop
 from dspylite.testing import FakeServer, Reply
 
 SOON_S = 5.0

@@ -16,10 +16,10 @@ import pytest
 import dspylite as dspy
 from dspylite.abc import Io
 from dspylite.errors import DeadlineExceededError
-from dspylite.runtime.bridge import running_library
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
 from dspylite.runtime.gates import Pass, Places, wake
+from dspylite.runtime.loops import running_library
 from dspylite.testing import FakeClock
 
 Plan = Callable[[Io], Awaitable[Any]]

@@ -21,8 +21,9 @@ import pytest
 
 import dspylite as dspy
 from dspylite.errors import CallCancelledError
-from dspylite.runtime.bridge import ON_DAEMONS, _loop, call_async, call_in_thread
+from dspylite.runtime.bridge import call_async
 from dspylite.runtime.cancellation import Cancellation
+from dspylite.runtime.workers import ON_DAEMONS, _loop, call_in_thread
 from dspylite.testing import FakeServer
 
 SOON_S = 5.0

@@ -12,9 +12,10 @@ from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from dspylite.abc import Program
 from dspylite.errors import ModuleError
-from dspylite.runtime.bridge import call_async, hand_over
+from dspylite.runtime.bridge import call_async
 from dspylite.runtime.settings import pin, settings
 from dspylite.runtime.threads import is_async
+from dspylite.runtime.workers import hand_over
 
 P = ParamSpec("P")
 T = TypeVar("T")

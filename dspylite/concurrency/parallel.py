@@ -30,7 +30,7 @@ from dspylite.errors import (
     InputFieldError,
     SettingsError,
 )
-from dspylite.runtime.bridge import is_in_notebook, running_library
+from dspylite.runtime.loops import is_in_notebook, running_library
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.threads import is_async
 from dspylite.schema.records import Example

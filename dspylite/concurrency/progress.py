@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dspylite.errors import MissingExtraError
-from dspylite.runtime.bridge import is_in_notebook
+from dspylite.runtime.loops import is_in_notebook
 
 
 class Bar:

@@ -18,17 +18,12 @@ from anyio.lowlevel import checkpoint
 
 from dspylite.concurrency.items import Item, invoke
 from dspylite.concurrency.run import Budget, Run
-from dspylite.runtime.bridge import (
-    ON_DAEMONS,
-    came_from_thread,
-    is_cancelled,
-    post_quietly,
-    poster,
-    start_task,
-)
+from dspylite.runtime.bridge import came_from_thread
 from dspylite.runtime.flow import ASYNC
 from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted
+from dspylite.runtime.loops import is_cancelled, post_quietly, poster, start_task
 from dspylite.runtime.threads import InContext
+from dspylite.runtime.workers import ON_DAEMONS
 
 _TURN_S = 0.01
 """How long all tasks of a run together may keep the loop from its other tasks; guessed."""

@@ -26,9 +26,9 @@ from anyio.abc import TaskGroup
 from dspylite.errors import CallCancelledError, DSPyError, MissingExtraError, SettingsError
 from dspylite.models.base import BaseLM
 from dspylite.models.direct.engine import close_connections
-from dspylite.runtime.bridge import call_in_thread
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
 from dspylite.runtime.settings import context, overlay, pin
+from dspylite.runtime.workers import call_in_thread
 
 try:
     from fastapi import Depends, FastAPI

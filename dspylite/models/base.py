@@ -22,7 +22,6 @@ from dspylite.models.middleware import chain, failed_attempt, successful_attempt
 from dspylite.models.parameters import check_params, without_userinfo
 from dspylite.models.policies import POLICY_NAMES, Policies
 from dspylite.models.streams import LMStream, WatchedStream
-from dspylite.runtime.bridge import call_in_thread
 from dspylite.runtime.budgets import current_budget
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.cancellation import check_cancelled
@@ -30,6 +29,7 @@ from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import History, record_call
+from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import (
     Attempt,
     DeltaSource,

@@ -24,8 +24,9 @@ from dspylite.models.litellm_door import (
 )
 from dspylite.models.litellm_streams import LiteLLMStream
 from dspylite.models.streams import close_stream
-from dspylite.runtime.bridge import call_in_thread, open_in_thread, running_library
 from dspylite.runtime.clock import time_left
+from dspylite.runtime.loops import running_library
+from dspylite.runtime.workers import call_in_thread, open_in_thread
 from dspylite.schema.messages import LMRequest, LMResponse, Message, Usage
 
 DEFAULT_TIMEOUT_S = 300.0

@@ -18,8 +18,9 @@ import anyio
 from dspylite.errors import CallCancelledError, DeadlineExceededError, LMTimeoutError
 from dspylite.models.knowledge import Knowledge, knowledge_of_row
 from dspylite.models.translate import secrets_of, shows_secret, translate_error
-from dspylite.runtime.bridge import call_in_thread, call_within
+from dspylite.runtime.bridge import call_within
 from dspylite.runtime.clock import deadline_error, time_left
+from dspylite.runtime.workers import call_in_thread
 
 T = TypeVar("T")
 

@@ -15,8 +15,9 @@ from anyio.lowlevel import current_token
 
 from dspylite.models.deltas import Assembly
 from dspylite.models.litellm_door import border, in_time, in_time_async
-from dspylite.runtime.bridge import call_in_thread, running_library
 from dspylite.runtime.clock import Deadline, time_left
+from dspylite.runtime.loops import running_library
+from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import LMDelta, LMResponse
 
 

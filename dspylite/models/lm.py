@@ -27,9 +27,10 @@ from dspylite.models.knowledge import (
 )
 from dspylite.models.litellm_door import known_by_table
 from dspylite.models.offline.engine import OFFLINE_MODEL, OFFLINE_PREFIX, OfflineEngine
-from dspylite.runtime.bridge import call_in_thread, running_library
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+from dspylite.runtime.loops import running_library
 from dspylite.runtime.settings import check_deadline
+from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import Message
 
 _NOT_IN_THIS_RUNTIME = frozenset(

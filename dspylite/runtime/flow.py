@@ -18,10 +18,12 @@ import anyio
 
 from dspylite.abc import Clock, Dual, Gate, Io, Ticket
 from dspylite.errors import FlowError
-from dspylite.runtime.bridge import call_async, call_in_thread, poster
+from dspylite.runtime.bridge import call_async
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation, check_cancelled
 from dspylite.runtime.clock import CLOCK, deadline_error, time_left
+from dspylite.runtime.loops import poster
 from dspylite.runtime.threads import ThreadPoolExecutor, is_async
+from dspylite.runtime.workers import call_in_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """An event loop for each thread that runs async code without being in a loop.
 
 And tasks of asyncio's own loops that nobody awaits. The only file of the runtime that imports
-asyncio. Not here: when such a loop or task is needed (`runtime/bridge.py`).
+asyncio. Not here: when such a loop or task is needed (`runtime/bridge.py`, `runtime/loops.py`).
 """
 
 from __future__ import annotations

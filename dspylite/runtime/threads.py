@@ -3,7 +3,7 @@
 By `bind`, `bind_iter`, `ThreadPoolExecutor`, `propagate_to_threads`.
 Every task gets its own full copy of the context, so that the user's own ContextVars and tracing
 spans travel with the settings, and nothing one task sets is seen by the next. Not here: crossing
-between threads and event loops (`runtime/bridge.py`).
+between threads and event loops (`runtime/workers.py`, `runtime/bridge.py`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from dspylite.runtime.bridge import call_in_thread
+from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Message, Usage
 
 
