@@ -5,6 +5,7 @@ Not here: the README's commands (`test_readme.py`) and the floor table (`test_ar
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,3 +115,16 @@ def test_relative_links_lead_to_a_file_and_its_heading(page: Path) -> None:
 def test_page_begins_with_its_title(page: Path) -> None:
     """The demo and every renderer take the first heading for the page's name."""
     assert re.match(r"# \S", page.read_text("utf-8"))
+
+
+def test_every_public_name_is_listed_with_the_first_words_of_its_docstring() -> None:
+    """Whoever looks for a name finds it, and what is said there is said once."""
+    page = (ROOT / "docs" / "reference" / "names.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", page, flags=re.MULTILINE))
+    public = {name: getattr(dspylite, name) for name in dspylite.__all__}
+    expected = {
+        name: (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ")
+        for name, value in public.items()
+        if not (isinstance(value, type) and issubclass(value, dspylite.DSPyError))
+    }
+    assert listed == expected
