@@ -462,7 +462,8 @@ def test_error_closes_a_websocket_with_a_code(
 # --- Clients that go away ------------------------------------------------------------------------
 
 
-def test_async_handler_ends_when_its_client_goes_away() -> None:
+@pytest.mark.parametrize("head", ["", "expect: something-else\r\n"])
+def test_async_handler_ends_when_its_client_goes_away(head: str) -> None:
     """Nobody waits for the answer, and every token of it costs money."""
     app = installed()
     started, ended = threading.Event(), threading.Event()
@@ -476,7 +477,7 @@ def test_async_handler_ends_when_its_client_goes_away() -> None:
             ended.set()
 
     with served(app) as port:
-        client = Client(port, "/")
+        client = Client(port, "/", head)
         wait(started)
         client.leave()
         wait(ended)
