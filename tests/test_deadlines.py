@@ -295,6 +295,6 @@ def test_impossible_deadline_is_refused_at_once(deadline_s: Any) -> None:
 def test_a_deadline_beyond_all_clocks_is_none(deadline_s: float, server: FakeServer) -> None:
     """Calls that wait in line do so as long as it takes, which the system's waits refuse to."""
     lm = LM("openai/m", api_base=server.base_url, api_key="k", engine="direct", max_concurrency=1)
-    with context(deadline_s=deadline_s):
-        answers = dspy.Parallel(num_threads=4)([(lm, (f"hi {n}",)) for n in range(8)])
+    with context(deadline_s=deadline_s), dspy.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lm, [f"hi {n}" for n in range(8)]))
     assert len(answers) == 8
