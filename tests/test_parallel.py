@@ -832,3 +832,25 @@ def test_a_forked_item_may_run_a_batch_of_its_own() -> None:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     assert dspy.Parallel(num_threads=4)([(forking, (x,)) for x in range(8)]) == [0] * 8
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter"])
+def test_a_list_that_changes_meanwhile_gives_no_wrong_results(change: str) -> None:
+    """The batch is over what the list held at first; what is gone is said to be (B 2.2)."""
+    items: list[Any] = [{"x": x} for x in range(0, 20, 2)]
+
+    class Changing(dspy.Module):
+        def forward(self, x: int) -> int:
+            if x == 0 and change == "longer":
+                items.extend({"x": x} for x in range(100))
+            elif x == 0:
+                del items[5:]
+            return x
+
+    if change == "longer":
+        assert Changing().batch(items, num_threads=1) == list(range(0, 20, 2))
+    else:
+        with pytest.raises(dspy.BatchError) as raised:
+            Changing().batch(items, num_threads=1)
+        assert raised.value.results == {n: 2 * n for n in range(5)}
+        assert raised.value.untried == 5

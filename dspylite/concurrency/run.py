@@ -9,12 +9,14 @@ users see (`concurrency/parallel.py`).
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import AsyncIterable, Callable, Iterable
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 from dspylite.concurrency.items import Item, Job, enter_item
 from dspylite.concurrency.outcome import Outcome, skipped
@@ -32,6 +34,7 @@ Progress = Callable[[int, int | None, int], object]
 
 
 _NONE_YET: Any = object()
+_HAS_GIL: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,21 +133,25 @@ class Run:
         self.stop_reason = ""
         # `lock` guards the counts, the attempts of items, and the end of those items whose end
         # somebody may wait for; no user code runs while it is held. An item that just succeeds
-        # takes no lock but that of the input: eight threads that meet at more spend their time
-        # there. `_active` is a dict whose single steps are atomic, and who takes an item out of it
+        # does not take it: eight threads that meet at a lock spend their time there. `_active` is a dict whose single steps are atomic, and who takes an item out of it
         # has the last word on that item.
         # One thread may take it twice, where the garbage collector closes the iterator of this very
         # run in the middle of a worker's step.
         self.lock = threading.RLock()
         self.locks_ends = limits.is_watched or limits.max_errors is not None or hand_out is not None
-        # `_taking` guards the user's iterator and the places of items.
+        # `_taking` guards the user's iterator and the places of items. Those of a list are taken
+        # without it, because one step of `enumerate` is atomic: a thread that loses its turn with a
+        # lock in hand has all others queue up behind it, for good where items are short.
         self._taking = threading.Lock()
+        is_plain = type(items) in {list, tuple, range} and not self.locks_ends and _HAS_GIL
+        self._numbered = enumerate(islice(cast("Any", items), total)) if is_plain else None
         # `_telling` keeps progress reports in order; it is taken before `lock`, never inside it.
         self._telling = threading.Lock()
         self._active: dict[int, Item] = {}
-        self._values: list[Any] = []  # by index; `_NONE_YET` where no value is kept
+        # By index; `_NONE_YET` where no value is kept.
+        self._values: list[Any] = [_NONE_YET] * (total or 0) if is_plain else []
         self._items: dict[int, Item] = {}  # failures, and with `keeps_outcomes` all
-        self._taken = 0
+        self._taken = len(self._values)
         self._refused = 0
         self._ended = 0
         self._errors = 0
@@ -186,6 +193,12 @@ class Run:
         """Start the next item; None at the end."""
         if not self.goes_on():  # also while another worker waits for the input
             return None
+        if self._numbered is not None:
+            try:
+                return self._begin(*next(self._numbered))
+            except StopIteration:
+                self.is_exhausted = True
+                return None
         with self._taking:
             if not self.goes_on():
                 return None
@@ -381,6 +394,8 @@ class Run:
     def values(self) -> list[Any] | None:
         """Return all values in input order; None where they are not kept or an item failed."""
         if self._keeps_outcomes or self._errors or self.stop_reason or self.input_error is not None:
+            return None
+        if self._values and self._values[-1] is _NONE_YET:  # a list that was shortened meanwhile
             return None
         return self._values
 
