@@ -133,8 +133,9 @@ class Run:
         self.stop_reason = ""
         # `lock` guards the counts, the attempts of items, and the end of those items whose end
         # somebody may wait for; no user code runs while it is held. An item that just succeeds
-        # does not take it: eight threads that meet at a lock spend their time there. `_active` is a dict whose single steps are atomic, and who takes an item out of it
-        # has the last word on that item.
+        # does not take it: eight threads that meet at a lock spend their time there. `_active` is a
+        # dict whose single steps are atomic, and who takes an item out of it has the last word on
+        # that item.
         # One thread may take it twice, where the garbage collector closes the iterator of this very
         # run in the middle of a worker's step.
         self.lock = threading.RLock()
