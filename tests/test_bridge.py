@@ -7,7 +7,7 @@ import functools
 import gc
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -328,28 +328,6 @@ def test_the_loop_of_a_thread_is_closed_with_the_thread() -> None:
     thread.start()
     thread.join()
     assert loops[0].is_closed()
-
-
-def test_async_generators_left_open_end_with_the_loop_of_their_thread() -> None:
-    """One of them keeps the connections of the loop, which else stay open (B 3.7)."""
-    kept: list[AsyncGenerator[None, None]] = []
-    ended = threading.Event()
-
-    async def keeper() -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            await anyio.sleep(0)
-            ended.set()
-
-    async def use() -> None:
-        kept.append(keeper())
-        await anext(kept[0])
-
-    thread = threading.Thread(target=call_async, args=(use,))
-    thread.start()
-    thread.join()
-    assert ended.wait(5)
 
 
 def test_an_error_of_async_code_is_raised_in_sync_code() -> None:

@@ -7,9 +7,7 @@ asyncio. Not here: when such a loop or task is needed (`runtime/bridge.py`, `run
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
@@ -17,12 +15,6 @@ from typing import Any, TypeVar
 from dspylite.runtime.cancellation import CANCELLATION
 
 T = TypeVar("T")
-
-
-logger = logging.getLogger(__name__)
-
-_LONGEST_END_S = 1.0
-"""How long the end of a thread may wait for its async generators, in seconds; guessed."""
 
 
 class _ThreadLoop:
@@ -68,26 +60,8 @@ class _ThreadLoop:
             self._loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
 
     def __del__(self) -> None:
-        """End the loop with its thread, as `asyncio.run` ends its own."""
-        if not self.usable() or self._loop.is_running():
-            return
-        try:
-            # Else connections stay open whose keeper is an async generator. Where another loop runs
-            # on the thread that collects this one, and at the interpreter's end, it cannot run.
-            if not sys.is_finalizing() and _running_loop() is None:
-                ending = asyncio.wait_for(self._loop.shutdown_asyncgens(), _LONGEST_END_S)
-                self._loop.run_until_complete(ending)
-        except Exception:  # nobody hears it here; a generator that does not end is left
-            logger.debug("an async generator did not end with its loop", exc_info=True)
-        finally:
+        if self.usable() and not self._loop.is_running():
             self._loop.close()
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 async def _await(fn: Callable[..., Awaitable[T]]) -> T:
