@@ -270,11 +270,8 @@ class Crew:
     def _hedge(self, item: Item) -> None:
         """Start an item a second time, on a thread more than the others."""
         run = self._run
-        with run.lock:
-            if not run.is_active(item):
-                return
-            item.attempts += 1
-            item.running += 1
+        if not run.begin_attempt(item):
+            return
 
         def work() -> None:
             if not run.is_active(item):  # it ended while this thread was started

@@ -279,6 +279,15 @@ class Run:
                 return True  # the other attempt may still succeed
         return self._end(item, None if error is None else item.error, value)
 
+    def begin_attempt(self, item: Item) -> bool:
+        """Count a second attempt at an item; False where it has ended meanwhile."""
+        with self.lock:
+            if not self.is_active(item):
+                return False
+            item.attempts += 1
+            item.running += 1
+            return True
+
     def drop_attempt(self, item: Item) -> None:
         """Forget an attempt that could not be made; the other may have failed in the meantime."""
         with self.lock:

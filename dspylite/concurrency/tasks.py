@@ -212,9 +212,7 @@ class Tasks:
         async with anyio.create_task_group() as race:
             race.start_soon(attempt)
             await anyio.sleep(hedge_after_s)
-            if run.is_active(item):
-                item.attempts += 1
-                item.running += 1
+            if run.begin_attempt(item):
                 race.start_soon(attempt)
 
     async def _attempt(self, item: Item) -> None:
