@@ -20,8 +20,8 @@ from dspylite.errors import (
     LMNotConfiguredError,
     LMServerError,
 )
-from dspylite.models.base import GLOBAL_HISTORY
 from dspylite.models.offline.engine import OfflineEngine
+from dspylite.runtime.history import GLOBAL_HISTORY
 from dspylite.testing import FakeClock, FakeLM, FakeServer
 
 KEY = "sk-key-of-this-test-0123456789"

@@ -27,10 +27,10 @@ from dspylite.errors import (
     LMServerError,
     LMTransportError,
 )
-from dspylite.models.base import GLOBAL_HISTORY
 from dspylite.models.breaker import CircuitBreaker
 from dspylite.models.fallback import Fallback
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+from dspylite.runtime.history import GLOBAL_HISTORY
 from dspylite.schema.messages import LMOutput, LMResponse, Message
 from dspylite.testing import FakeClock, FakeLM, FakeServer, Reply
 

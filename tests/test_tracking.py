@@ -28,8 +28,8 @@ from dspylite import (
     bind,
     track_usage,
 )
-from dspylite.models.base import GLOBAL_HISTORY
-from dspylite.runtime.tracking import History, HistoryEntry, UsageTracker, record_trace
+from dspylite.runtime.history import GLOBAL_HISTORY, History, HistoryEntry
+from dspylite.runtime.tracking import UsageTracker, record_trace
 from dspylite.schema.messages import LMOutput, LMRequest, LMResponse
 from dspylite.testing import FakeClock, FakeLM
 

@@ -27,8 +27,8 @@ from dspylite.runtime.calls import Observed
 from dspylite.runtime.cancellation import check_cancelled
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+from dspylite.runtime.history import GLOBAL_HISTORY, History, keep_call
 from dspylite.runtime.settings import check_deadline, settings
-from dspylite.runtime.tracking import History, record_call
 from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import (
     Attempt,
@@ -47,9 +47,6 @@ _POLICY_CHANGES = POLICY_NAMES | {"num_retries"}
 _OF_THE_LM = sorted(_POLICY_CHANGES | {"engine", "price", "capabilities", "model_type"})
 _NOT_SENT = frozenset({"cache", "rollout_id"})  # they tell calls apart, and are not the provider's
 _ENDPOINT = ("api_key", "api_base", "base_url")
-
-GLOBAL_HISTORY = History()
-"""The last calls of all LMs of this process."""
 
 
 class BaseLM:
@@ -456,13 +453,16 @@ class _Record:
             if self.budget is not None:
                 cost = None if self._price is None else self._price.of(response.usage)
                 self.budget.add(response.usage, cost)
-        record_call(
+        tracker = settings.usage_tracker
+        if tracker is not None and not is_counted:
+            tracker.add(self._lm.model, response.usage)
+        keep_call(
             model=self._lm.model,
             messages=self._request.messages,
             params=self._request.params,
             response=response,
             histories=(self._lm.history,) if is_counted else (self._lm.history, GLOBAL_HISTORY),
-            is_counted=is_counted,
+            is_kept=is_counted,
         )
         return response
 

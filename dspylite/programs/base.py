@@ -26,8 +26,9 @@ from dspylite.errors import LMConfigurationError, ModuleError
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
+from dspylite.runtime.history import History, recording_in
 from dspylite.runtime.settings import settings
-from dspylite.runtime.tracking import History, recording_in, track_usage
+from dspylite.runtime.tracking import track_usage
 from dspylite.schema.records import Outputs
 
 T = TypeVar("T")

@@ -79,7 +79,9 @@ class Usage:
         prompt_tokens: Tokens read.
         completion_tokens: Tokens written.
         total_tokens: Both, unless the provider counts more (reasoning, say).
-        calls: How many answered calls are in this sum.
+        calls: How many answered requests are in this sum.
+        cached_calls: How many calls took no request of their own: their answer was in the cache, or
+            was on its way to another caller.
         details: The provider's further counts by name, such as `"cached_tokens"`.
     """
 
@@ -87,6 +89,7 @@ class Usage:
     completion_tokens: int = 0
     total_tokens: int = 0
     calls: int = 0
+    cached_calls: int = 0
     details: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __add__(self, other: Usage) -> Usage:
@@ -104,6 +107,7 @@ class Usage:
             completion_tokens=self.completion_tokens + other.completion_tokens,
             total_tokens=self.total_tokens + other.total_tokens,
             calls=self.calls + other.calls,
+            cached_calls=self.cached_calls + other.cached_calls,
             details=details,
         )
 
@@ -132,12 +136,13 @@ class Usage:
         )
 
     def as_dict(self) -> dict[str, int]:
-        """Give the counts under the provider's names, further counts included."""
+        """Give the counts under the provider's names, further counts included if not 0."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.total_tokens,
             "calls": self.calls,
+            **({"cached_calls": self.cached_calls} if self.cached_calls else {}),
             **self.details,
         }
 
@@ -188,14 +193,15 @@ class LMDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One request of a call, successful or not.
+    """One request of a call, successful or not, or the cache's answer in its place.
 
     Attributes:
         model: The model asked.
         seconds: From the moment it was this attempt's turn until its end, waits in line included.
         error: Code of the failure, such as `"rate_limit"`; None for the one that succeeded.
         status: HTTP status of the failure, where there was one.
-        usage: Tokens; none for a failure.
+        usage: Tokens; none for a failure or a cached answer.
+        cached: Whether no request was made, because the answer was there or on its way already.
     """
 
     model: str
@@ -203,6 +209,7 @@ class Attempt:
     error: str | None = None
     status: int | None = None
     usage: Usage = field(default_factory=Usage)
+    cached: bool = False
 
 
 class DeltaSource(Protocol):
@@ -230,6 +237,18 @@ class DeltaSource(Protocol):
         ...
 
 
+class Verdict(Protocol):
+    """Where the reader of an answer says whether it is worth keeping; a repeat does nothing."""
+
+    def accept(self) -> None:
+        """Keep the answer for the next one who asks the same."""
+        ...
+
+    def reject(self) -> None:
+        """Keep it no longer; the next one who asks the same is answered anew."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LMResponse:
     """The answer to one `LMRequest`.
@@ -241,6 +260,9 @@ class LMResponse:
         request_id: The provider's id of the answer, where it gives one.
         answered_by: Name of the LM that answered, which may be a fallback.
         attempts: Every request that was made for it, the successful one last.
+        cached: Whether it took no request of its own: it was in the cache, or on its way to another
+            caller.
+        verdict: Awaits the judgement of whoever reads the answer; None where nothing hangs on it.
         stream: The open stream of a request that asked for one; whoever holds it must close it.
     """
 
@@ -250,4 +272,6 @@ class LMResponse:
     request_id: str | None = None
     answered_by: str = ""
     attempts: tuple[Attempt, ...] = ()
+    cached: bool = False
+    verdict: Verdict | None = field(default=None, repr=False, compare=False)
     stream: DeltaSource | None = field(default=None, repr=False, compare=False)
