@@ -41,7 +41,7 @@ check: $(VENV)/.dev ## Lint, format, types, house rules, docstring examples, doc
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_readme.py $(DOCS_TESTS)
-	$(BIN)/python -m pytest -q --doctest-modules dspylite
+	DSPYLITE_CACHE=off $(BIN)/python -m pytest -q --doctest-modules dspylite
 
 bench: $(BENCH_VENV)/.ready ## Measure side by side with other libraries (ARGS="--quick --only call")
 	@$(BENCH_VENV)/bin/python -m tests.benchmarks $(ARGS)

@@ -4,6 +4,10 @@
 nothing inside the package imports it.
 """
 
+import sys
+import types
+import typing
+
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.concurrency.executors import asyncify, syncify
@@ -48,6 +52,9 @@ from dspylite.errors import (
 )
 from dspylite.models.base import BaseLM
 from dspylite.models.breaker import CircuitBreaker, Health
+from dspylite.models.cache import configure as _cache
+from dspylite.models.cache.cache import Cache, CacheStats
+from dspylite.models.cache.configure import configure_cache
 from dspylite.models.embedder import Embedder
 from dspylite.models.embeddings import Embeddings
 from dspylite.models.fallback import Fallback
@@ -81,6 +88,26 @@ from dspylite.schema.signature import (
 
 __version__ = "0.1.0"
 
+if typing.TYPE_CHECKING:
+    cache: Cache
+    """The cache of this process; assign another `Cache` to replace it."""
+
+
+class _Face(types.ModuleType):
+    """This module, with an attribute that is made on its first use and may be replaced."""
+
+    @property
+    def cache(self) -> Cache:
+        """The cache of this process; assign another `Cache` to replace it."""
+        return _cache.current_cache()
+
+    @cache.setter
+    def cache(self, value: Cache) -> None:
+        _cache.use_cache(value)
+
+
+sys.modules[__name__].__class__ = _Face
+
 __all__ = [
     "AdapterParseError",
     "Attempt",
@@ -89,6 +116,8 @@ __all__ = [
     "BatchError",
     "BatchInterrupted",
     "BudgetExceededError",
+    "Cache",
+    "CacheStats",
     "CallCancelledError",
     "ChainOfThought",
     "ChatAdapter",
@@ -152,8 +181,10 @@ __all__ = [
     "bind",
     "bind_iter",
     "budget",
+    "cache",
     "check_cancelled",
     "configure",
+    "configure_cache",
     "context",
     "current_call",
     "finished_results",

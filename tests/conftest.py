@@ -2,12 +2,17 @@
 
 import inspect
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+
+# The tests of the cache ask for it; no other must be answered by what an earlier one asked. Before
+# anything is imported, so that child processes inherit it.
+os.environ["DSPYLITE_CACHE"] = "off"
 
 from dspylite.models.endpoints import forget_endpoints
 from dspylite.testing import FakeServer

@@ -294,7 +294,7 @@ def test_pickle_after_many_calls_is_no_larger_than_a_fresh_one(server: FakeServe
 def test_unpickled_twins_wait_differently() -> None:
     """Workers that share the state of one random generator would all come back at the same time."""
     raw = pickle.dumps(dspy.LM("openai/m", num_retries=50))
-    (one, _), (other, _) = (pickle.loads(raw).middleware for _ in range(2))
+    (_, one, _), (_, other, _) = (pickle.loads(raw).middleware for _ in range(2))
     failure = LMServerError()
     waits = [[retry.delay(n, failure) for n in range(1, 50)] for retry in (one, other)]
     assert waits[0] != waits[1]

@@ -86,23 +86,26 @@ class Noting:
 # --- Which, and in which order -------------------------------------------------------------------
 
 CHAINS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "nothing": ({}, ["retry", "adaptive"]),
-    "no retries": ({"num_retries": 0}, ["retry", "adaptive"]),
-    "not adaptive": ({"adaptive": False}, ["retry"]),
-    "rpm": ({"rpm": 60}, ["retry", "rate", "adaptive"]),
-    "tpm": ({"tpm": 60}, ["retry", "rate", "adaptive"]),
-    "both rates": ({"rpm": 6, "tpm": 60}, ["retry", "rate", "rate", "adaptive"]),
-    "concurrency": ({"max_concurrency": 2}, ["retry", "concurrency", "adaptive"]),
-    "breaker": ({"circuit_breaker": True}, ["retry", "breaker", "adaptive"]),
-    "own breaker": ({"circuit_breaker": CircuitBreaker()}, ["retry", "breaker", "adaptive"]),
-    "fallbacks": ({"fallbacks": [FakeLM()]}, ["fallback", "retry", "breaker", "adaptive"]),
+    "nothing": ({}, ["cache", "retry", "adaptive"]),
+    "no retries": ({"num_retries": 0}, ["cache", "retry", "adaptive"]),
+    "not adaptive": ({"adaptive": False}, ["cache", "retry"]),
+    "rpm": ({"rpm": 60}, ["cache", "retry", "rate", "adaptive"]),
+    "tpm": ({"tpm": 60}, ["cache", "retry", "rate", "adaptive"]),
+    "both rates": ({"rpm": 6, "tpm": 60}, ["cache", "retry", "rate", "rate", "adaptive"]),
+    "concurrency": ({"max_concurrency": 2}, ["cache", "retry", "concurrency", "adaptive"]),
+    "breaker": ({"circuit_breaker": True}, ["cache", "retry", "breaker", "adaptive"]),
+    "own breaker": (
+        {"circuit_breaker": CircuitBreaker()},
+        ["cache", "retry", "breaker", "adaptive"],
+    ),
+    "fallbacks": ({"fallbacks": [FakeLM()]}, ["cache", "fallback", "retry", "breaker", "adaptive"]),
     "no breaker": (
         {"fallbacks": [FakeLM()], "circuit_breaker": False},
-        ["fallback", "retry", "adaptive"],
+        ["cache", "fallback", "retry", "adaptive"],
     ),
     "fallback as middleware": (
         {"middleware": [Fallback([FakeLM()])]},
-        ["fallback", "retry", "breaker", "adaptive"],
+        ["cache", "fallback", "retry", "breaker", "adaptive"],
     ),
     "all": (
         {
@@ -111,12 +114,22 @@ CHAINS: dict[str, tuple[dict[str, Any], list[str]]] = {
             "rpm": 6,
             "max_concurrency": 3,
         },
-        ["call", "fallback", "retry", "breaker", "rate", "concurrency", "adaptive", "attempt"],
+        [
+            "call",
+            "cache",
+            "fallback",
+            "retry",
+            "breaker",
+            "rate",
+            "concurrency",
+            "adaptive",
+            "attempt",
+        ],
     ),
     "all taken away": (
         dict.fromkeys(("max_concurrency", "max_queue", "rpm", "tpm", "fallbacks", "middleware"))
         | {"max_retry_wait_s": None, "patience_s": None, "num_retries": None},
-        ["retry", "adaptive"],
+        ["cache", "retry", "adaptive"],
     ),
 }
 
@@ -158,7 +171,9 @@ def test_a_given_policy_replaces_the_lms_own_of_its_place(place: str) -> None:
         fallbacks=[FakeLM()],
     )
     assert policy_of(lm, place) is GIVEN[place]
-    assert places(lm) == ["fallback", "retry", "breaker", "rate", "concurrency", "adaptive"]
+    assert places(lm) == [
+        *("cache", "fallback", "retry", "breaker", "rate", "concurrency", "adaptive")
+    ]
 
 
 def test_policies_of_one_place_keep_their_order() -> None:
@@ -175,7 +190,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no handle": ([object()], "is no middleware: it needs `async def handle"),
     "sync handle": ([SyncHandle()], "is no middleware: it needs `async def handle"),
     "a class": ([Noting], r"is a class and no middleware; write `Noting\(\)`"),
-    "unknown place": ([Noting("outer")], "has the place 'outer'; there are: call, fallback"),
+    "unknown place": (
+        [Noting("outer")],
+        "has the place 'outer'; there are: call, cache, budget, fallback",
+    ),
     "not a list": (Noting(), "must be a list of policies"),
 }
 
@@ -607,14 +625,22 @@ def test_copy_with_a_changed_policy_builds_the_chain_anew(server: FakeServer) ->
     lm = lm_of(server, num_retries=0, max_concurrency=2, rpm=6)
     assert policy_of(lm.copy(num_retries=4), "retry").max_retries == 4
     assert policy_of(lm.copy(max_concurrency=9), "concurrency").limit == 9
-    assert places(lm.copy(max_concurrency=None, rpm=None)) == ["retry", "adaptive"]
+    assert places(lm.copy(max_concurrency=None, rpm=None)) == ["cache", "retry", "adaptive"]
     other = FakeLM(default="from the other")
     twin = lm.copy(fallbacks=[other])
-    assert places(twin) == ["fallback", "retry", "breaker", "rate", "concurrency", "adaptive"]
+    assert places(twin) == [
+        *("cache", "fallback", "retry", "breaker", "rate", "concurrency", "adaptive")
+    ]
     server.script(Reply(status=500))
     assert twin("hi") == ["from the other"]
-    assert places(twin.copy(fallbacks=None)) == ["retry", "rate", "concurrency", "adaptive"]
-    assert places(lm) == ["retry", "rate", "concurrency", "adaptive"]
+    assert places(twin.copy(fallbacks=None)) == [
+        "cache",
+        "retry",
+        "rate",
+        "concurrency",
+        "adaptive",
+    ]
+    assert places(lm) == ["cache", "retry", "rate", "concurrency", "adaptive"]
     assert "max_concurrency" not in lm.kwargs
 
 

@@ -52,6 +52,20 @@ def section(name: str, text: str) -> str:
     return f"{header(name)}\n{fence(text)}"
 
 
+def repair_turn(answer: str, error: AdapterParseError) -> list[Message]:
+    """Write what a model is told when its answer cannot be read: that answer, and what is wrong."""
+    return [
+        {"role": "assistant", "content": answer or "(no text)"},
+        {
+            "role": "user",
+            "content": (
+                f"This answer cannot be read: {error.message}\n"
+                "Answer once more, in full and in exactly the form asked for above."
+            ),
+        },
+    ]
+
+
 def list_fields(fields: Mapping[str, Field], *, outputs: bool) -> str:
     """List fields for the system message: name, type, form and meaning."""
     lines: list[str] = []

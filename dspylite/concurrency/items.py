@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dspylite.abc import Io
 from dspylite.concurrency.outcome import Outcome
-from dspylite.runtime.calls import set_item_index
+from dspylite.runtime.calls import SECOND_START, set_item_index
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
 from dspylite.runtime.flow import Both
 from dspylite.runtime.settings import pin
@@ -86,6 +86,7 @@ class Item:
 def enter_item(item: Item, pinned: Mapping[str, Any]) -> None:
     """Make this context that of an item: its index, its settings, its tracker and its flag."""
     set_item_index(item.index)
+    SECOND_START.set(item.attempts > 1)
     pin({**pinned, "usage_tracker": item.tracker})
     if item.flag is not None:
         CANCELLATION.set(item.flag)

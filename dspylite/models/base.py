@@ -18,7 +18,13 @@ from dspylite.models.breaker import CircuitBreaker, Health
 from dspylite.models.endpoints import endpoint_id
 from dspylite.models.fallback import Fallback
 from dspylite.models.knowledge import Price, checked_price
-from dspylite.models.middleware import chain, failed_attempt, successful_attempt
+from dspylite.models.middleware import (
+    Place,
+    chain,
+    failed_attempt,
+    in_order,
+    successful_attempt,
+)
 from dspylite.models.parameters import check_params, without_userinfo
 from dspylite.models.policies import POLICY_NAMES, Policies
 from dspylite.models.streams import LMStream, WatchedStream
@@ -29,6 +35,7 @@ from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.history import GLOBAL_HISTORY, History, keep_call
 from dspylite.runtime.settings import check_deadline, settings
+from dspylite.runtime.tracking import note_request
 from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import (
     Attempt,
@@ -37,6 +44,7 @@ from dspylite.schema.messages import (
     LMRequest,
     LMResponse,
     Message,
+    Usage,
     is_secret,
     without_secrets,
 )
@@ -45,7 +53,7 @@ ModelType = Literal["chat", "text", "responses"]
 
 _POLICY_CHANGES = POLICY_NAMES | {"num_retries"}
 _OF_THE_LM = sorted(_POLICY_CHANGES | {"engine", "price", "capabilities", "model_type"})
-_NOT_SENT = frozenset({"cache", "rollout_id"})  # they tell calls apart, and are not the provider's
+_NOT_SENT = frozenset({"cache", "rollout_id"})  # of the cache, and not the provider's
 _ENDPOINT = ("api_key", "api_base", "base_url")
 
 
@@ -113,7 +121,18 @@ class BaseLM:
 
     def _build_middleware(self, params: Mapping[str, Any]) -> tuple[Middleware, ...]:
         endpoint = endpoint_id(self.model, params)
-        return self.policies.build(endpoint, self.model, is_remote=self.is_remote)
+        return self.policies.build(
+            endpoint, self.model, is_remote=self.is_remote, cache_kind=self.cache_kind
+        )
+
+    @property
+    def cache_kind(self) -> str | None:
+        """What tells cached answers from those of other models with the same name and parameters.
+
+        None, as here: answers are not reused. A model of your own whose answers depend on nothing
+        but its name, parameters and messages may return a text of its own.
+        """
+        return None
 
     @property
     def is_remote(self) -> bool:
@@ -211,11 +230,15 @@ class BaseLM:
         deadline_s = merged.pop("deadline_s", None)
         messages = self._as_sent(messages)
         request = LMRequest(
-            model=self.model, messages=messages, params=merged, asked=params, stream=stream
+            model=self.model,
+            messages=messages,
+            params=merged,
+            asked=params,
+            stream=stream,
+            cache=params.get("cache", self.cache),
+            rollout_id=params.get("rollout_id", self.kwargs.get("rollout_id")),
         )
         record = _Record(self, request)
-        if record.budget is not None:
-            await record.check_budget(io)
         with (
             Deadline(
                 settings.deadline_s
@@ -237,13 +260,16 @@ class BaseLM:
         """Return the chain around the engine; kept, because it is the same for all calls."""
         if any(name in request.asked for name in _ENDPOINT):
             # Another tenant or endpoint has limits and troubles of its own.
-            return chain(self._build_middleware(request.params), self.engine, io)
+            return self._chain(self._build_middleware(request.params), self.engine, io)
         engine, kept = self.engine, self._handlers.get(io)
         if kept is not None and kept[0] is self.middleware and kept[1] is engine:
             return kept[2]
-        made = chain(self.middleware, engine, io)
+        made = self._chain(self.middleware, engine, io)
         self._handlers[io] = (self.middleware, engine, made)
         return made
+
+    def _chain(self, middleware: tuple[Middleware, ...], engine: Engine, io: Io) -> Next:
+        return chain(in_order([*middleware, _BudgetCheck(self)]), engine, io)
 
     def _as_sent(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return the messages in the form that the model wants them."""
@@ -257,6 +283,20 @@ class BaseLM:
         """
         del look_up
         return self._price
+
+    def cost_of(self, usage: Usage) -> float | None:
+        """Return what tokens cost at this model in US dollars; None if nobody knows.
+
+        Prices are the LM's own, else those of litellm's table, which is loaded for it and never
+        fetched.
+
+        Example:
+            >>> from dspylite.schema.messages import Usage
+            >>> BaseLM("my/model", price=(1, 4)).cost_of(Usage(prompt_tokens=1_000_000))
+            1.0
+        """
+        price = self.price(look_up=True)
+        return None if price is None else price.of(usage)
 
     def stream(
         self,
@@ -315,8 +355,8 @@ class BaseLM:
         Raises:
             LMError: The call failed.
         """
-        response = run_flow(self.plan(BLOCKING, _as_messages(prompt, messages), kwargs))
-        return _plain_outputs(response)
+        plan = self.plan(BLOCKING, _as_messages(prompt, messages), kwargs)
+        return _plain_outputs(_accepted(run_flow(plan)))
 
     async def acall(
         self,
@@ -326,7 +366,7 @@ class BaseLM:
     ) -> list[str | dict[str, Any]]:
         """Ask the model and await it; otherwise as `__call__`."""
         response = await self.plan(ASYNC, _as_messages(prompt, messages), kwargs)
-        return _plain_outputs(response)
+        return _plain_outputs(_accepted(response))
 
     def copy(self, **changes: Any) -> Self:
         """Return an LM with an empty history of its own and some parameters changed.
@@ -417,28 +457,40 @@ class _Forward:
         return read_chat_response(answer, model=request.model)
 
 
-class _Record:
-    """What is noted of one call when it is answered."""
+class _BudgetCheck:
+    """Refuses a call that takes a request, if a budget around it is spent."""
 
-    __slots__ = ("_lm", "_price", "_request", "budget")
+    __slots__ = ("_lm",)
+
+    place: ClassVar[Place] = "budget"
+
+    def __init__(self, lm: BaseLM) -> None:
+        self._lm = lm
+
+    async def handle(self, request: LMRequest, call_next: Next, io: Io) -> LMResponse:
+        spending = current_budget()
+        if spending is not None:
+            if spending.limits_money:
+                spending.check(await io.any(partial(self._lm.price, look_up=True)))
+            else:
+                spending.check()
+        return await call_next(request)
+
+
+class _Record:
+    """What is noted of one call when it is answered, or has failed."""
+
+    __slots__ = ("_budget", "_lm", "_request")
 
     def __init__(self, lm: BaseLM, request: LMRequest) -> None:
         self._lm = lm
         self._request = request
-        self._price: Price | None = None
-        self.budget = current_budget()
+        self._budget = current_budget()
 
-    async def check_budget(self, io: Io) -> None:
-        """Refuse the call if a budget around it is spent."""
-        spending = self.budget
-        if spending is None:
-            return
-        if spending.limits_money:
-            self._price = await io.any(partial(self._lm.price, look_up=True))
-            spending.check(self._price)
-        else:
-            self._price = self._lm.price(look_up=False)
-            spending.check()
+    @property
+    def model(self) -> str:
+        """Who was asked."""
+        return self._lm.model
 
     def last_attempt(self, error: LMError, seconds: float) -> tuple[Attempt, ...]:
         """Return how the stream that broke is noted."""
@@ -450,12 +502,14 @@ class _Record:
         if not is_counted:
             made = response.attempts or (successful_attempt(self._request, response, seconds),)
             response = replace(response, answered_by=self._lm.model, attempts=made)
-            if self.budget is not None:
-                cost = None if self._price is None else self._price.of(response.usage)
-                self.budget.add(response.usage, cost)
+            if self._budget is not None and not response.cached:
+                price = self._lm.price(look_up=self._budget.limits_money)
+                self._budget.add(
+                    response.usage, None if price is None else price.of(response.usage)
+                )
         tracker = settings.usage_tracker
         if tracker is not None and not is_counted:
-            tracker.add(self._lm.model, response.usage)
+            tracker.add(self._lm.model, response.usage, self._lm.cost_of)
         keep_call(
             model=self._lm.model,
             messages=self._request.messages,
@@ -496,12 +550,14 @@ class _RecordedStream(WatchedStream):
 
     def broke(self, error: Exception) -> None:
         if self._take_end():
+            self._context.run(note_request, self._record.model, "failed")
             if isinstance(error, LMError):
                 error.attempts = (*self._failed, *self._record.last_attempt(error, self._seconds))
             self._call.finish(None, error)
 
     def closed(self) -> None:
         if self._take_end():
+            self._context.run(note_request, self._record.model, "unfinished")
             self._call.finish(_plain_outputs(super().response))
 
     @property
@@ -515,6 +571,13 @@ class _RecordedStream(WatchedStream):
         except IndexError:
             return False
         return True
+
+
+def _accepted(response: LMResponse) -> LMResponse:
+    """Accept an answer whose reader takes it as it is."""
+    if response.verdict is not None:
+        response.verdict.accept()
+    return response
 
 
 def _plain_outputs(response: LMResponse) -> list[str | dict[str, Any]]:

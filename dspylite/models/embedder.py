@@ -55,7 +55,7 @@ class _Hosted:
             found, usage = await io.call(self.engine, batch)
             return _in_order(found, len(batch)), usage
 
-        return await self.retry.run(send, texts, io)
+        return await self.retry.run(send, texts, io, model=self.engine.model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from dspylite.errors import (
     OverloadedError,
 )
 from dspylite.models.middleware import Place, failed_attempt, successful_attempt
+from dspylite.runtime.tracking import note_request
 from dspylite.schema.messages import Attempt, LMRequest, LMResponse, without_secrets
 
 _NOT_PASSED_ON = frozenset({"api_base", "base_url", "api_version", "organization", "deadline_s"})
@@ -99,6 +100,7 @@ class Fallback:
                 continue
             if not made:
                 return response
+            note_request(response.answered_by or request.model, "fallbacks")
             done = response.attempts or (successful_attempt(request, response, io.now() - started),)
             return replace(response, attempts=(*made, *done))
         raise AssertionError("the last way returns or raises")

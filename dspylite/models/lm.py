@@ -61,7 +61,8 @@ class LM(BaseLM):
             `"responses"`; the latter two go through litellm.
         temperature: Sampling temperature; None leaves it to the provider.
         max_tokens: Longest answer in tokens; None leaves it to the provider.
-        cache: Whether answers may be reused.
+        cache: Whether answers are kept, and an equal request is answered by one of them or by
+            another one under way.
         callbacks: Told of every call, after those of the settings.
         num_retries: Further attempts after a failure that may pass; each is one request, and 0
             sends each request once. None: 3, and overload is waited out for `patience_s`.
@@ -78,9 +79,10 @@ class LM(BaseLM):
         **kwargs: Sent with every request: `api_key` (a string, or a function that returns one),
             `api_base`, `timeout` (seconds for an attempt, 300), `max_response_bytes` (16 MB; direct
             engine), `extra_headers`, `extra_body`, `top_p`, `stop` and so on; `deadline_s` for the
-            whole call. Policies around the call: `max_retry_wait_s`, `patience_s`,
-            `max_concurrency`, `max_queue`, `rpm`, `tpm`, `fallbacks`, `fallback_on`,
-            `circuit_breaker`, `adaptive`, `middleware` (see `Policies`).
+            whole call; `rollout_id`, which is not sent, for an answer of its own in the cache.
+            Policies around the call: `max_retry_wait_s`, `patience_s`, `max_concurrency`,
+            `max_queue`, `rpm`, `tpm`, `fallbacks`, `fallback_on`, `circuit_breaker`, `adaptive`,
+            `middleware` (see `Policies`).
 
     Raises:
         LMConfigurationError: A parameter cannot work; nothing was sent.
@@ -147,6 +149,11 @@ class LM(BaseLM):
     def is_remote(self) -> bool:
         """Whether calls go over a network."""
         return self.model != OFFLINE_MODEL
+
+    @property
+    def cache_kind(self) -> str | None:
+        """The kind of endpoint; None for the offline model, which is as quick as a cache."""
+        return self.model_type if self.is_remote else None
 
     @property
     def supports_function_calling(self) -> bool:

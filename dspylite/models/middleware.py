@@ -14,16 +14,28 @@ from typing import Literal, get_args
 from dspylite.abc import Engine, Io, Middleware, Next
 from dspylite.errors import (
     DeadlineExceededError,
+    LMAuthError,
     LMConfigurationError,
     LMError,
+    LMInvalidRequestError,
     LMTimeoutError,
 )
 from dspylite.runtime.clock import deadline_error
 from dspylite.runtime.threads import is_async
+from dspylite.runtime.tracking import note_request
 from dspylite.schema.messages import Attempt, LMRequest, LMResponse
 
 Place = Literal[
-    "call", "fallback", "retry", "breaker", "rate", "concurrency", "adaptive", "attempt"
+    "call",
+    "cache",
+    "budget",
+    "fallback",
+    "retry",
+    "breaker",
+    "rate",
+    "concurrency",
+    "adaptive",
+    "attempt",
 ]
 """Where in the chain a policy stands, outermost first; what says nothing of it is a `"call"`."""
 
@@ -83,9 +95,12 @@ def chain(middleware: Sequence[Middleware], engine: Engine, io: Io) -> Next:
     async def leaf(request: LMRequest) -> LMResponse:
         try:
             return await io.call(engine, request)
-        except LMTimeoutError as error:
+        except LMError as error:
+            if was_sent(error):
+                note_request(request.model, "failed")
             left = io.time_left()
-            if left is None or left > 0 or isinstance(error, DeadlineExceededError):
+            is_late = isinstance(error, LMTimeoutError) and left is not None and left <= 0
+            if not is_late or isinstance(error, DeadlineExceededError):
                 raise
             raise deadline_error(f"{request.model} was asked ({error.message})") from error
 
@@ -93,6 +108,18 @@ def chain(middleware: Sequence[Middleware], engine: Engine, io: Io) -> Next:
     for policy in reversed(middleware):
         handler = _around(policy, handler, io)
     return handler
+
+
+def was_sent(error: LMError) -> bool:
+    """Tell whether an engine's failure is that of a request, and not of making one.
+
+    Example:
+        >>> from dspylite.errors import LMAuthError
+        >>> was_sent(LMAuthError("no key")), was_sent(LMAuthError("wrong key", status=401))
+        (False, True)
+    """
+    is_refused_here = isinstance(error, LMConfigurationError | LMAuthError | LMInvalidRequestError)
+    return error.status is not None or not is_refused_here
 
 
 def _around(policy: Middleware, call_next: Next, io: Io) -> Next:

@@ -13,6 +13,7 @@ from dspylite.abc import LanguageModel, Middleware
 from dspylite.errors import LMConfigurationError
 from dspylite.models.adaptive import LONG_PAUSE_S, Adaptive, AdaptiveGate
 from dspylite.models.breaker import CircuitBreaker
+from dspylite.models.cache.cached import Cached
 from dspylite.models.endpoints import shared
 from dspylite.models.fallback import Fallback, checked_errors
 from dspylite.models.limits import MaxConcurrency, QueuePlaces, check_count
@@ -91,13 +92,16 @@ class Policies:
         """Return these policies with some parameters changed."""
         return replace(self, **changes)
 
-    def build(self, endpoint: Hashable, model: str, *, is_remote: bool) -> tuple[Middleware, ...]:
+    def build(
+        self, endpoint: Hashable, model: str, *, is_remote: bool, cache_kind: str | None = None
+    ) -> tuple[Middleware, ...]:
         """Make the chain, outermost first; what has a state is shared by all of an endpoint.
 
         Args:
             endpoint: Tells the endpoint and key from others.
             model: Told apart where one endpoint serves several.
             is_remote: Whether calls go over a network.
+            cache_kind: What tells the model's cached answers from others; None keeps none.
 
         Raises:
             LMConfigurationError: A parameter cannot work.
@@ -106,6 +110,8 @@ class Policies:
         taken = {place_of(policy) for policy in given} - {"call", "attempt"}
         has_fallback = bool(self.fallbacks) or "fallback" in taken
         own: list[Middleware] = [self._retry(endpoint, has_fallback=has_fallback)]
+        if cache_kind is not None:
+            own.append(Cached(cache_kind))
         if self.fallbacks:
             on = {} if self.fallback_on is None else {"on": self.fallback_on}
             own.append(Fallback(self.fallbacks, **on))

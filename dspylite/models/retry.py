@@ -17,6 +17,7 @@ from dspylite.errors import LMConfigurationError, LMError, LMRateLimitError
 from dspylite.models.middleware import Place, failed_attempt, successful_attempt
 from dspylite.models.overload import UNAVAILABLE
 from dspylite.runtime.forks import watch_forks
+from dspylite.runtime.tracking import note_request
 from dspylite.schema.messages import LMRequest, LMResponse
 
 T = TypeVar("T")
@@ -183,7 +184,7 @@ class Retry:
         failed: list[tuple[LMError, float]] = []
         started = io.now()
         try:
-            response = await self.run(call_next, request, io, failed=failed)
+            response = await self.run(call_next, request, io, model=request.model, failed=failed)
         except LMError as error:
             error.attempts = tuple(failed_attempt(request, *each) for each in failed)
             raise
@@ -199,6 +200,7 @@ class Retry:
         argument: X,
         io: Io,
         *,
+        model: str,
         failed: list[tuple[LMError, float]] | None = None,
     ) -> T:
         """Await `call(argument)` until it succeeds, fails for good, or the attempts are used up.
@@ -207,6 +209,7 @@ class Retry:
             call: Makes one attempt.
             argument: What it is given each time.
             io: The driver.
+            model: Who is asked; further attempts are counted under its name.
             failed: Receives each failure and the seconds that its attempt took.
         """
         started = began = io.now()
@@ -228,6 +231,7 @@ class Retry:
                     self.budget.give_back()
                 return result
             await io.sleep(wait_s)
+            note_request(model, "retried")
             began = io.now()
         raise AssertionError("count() never ends")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, overload
 
 from dspylite.abc import Adapter, Io, LanguageModel
+from dspylite.adapters.base import repair_turn
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.adapters.values import check_readable
 from dspylite.errors import (
@@ -30,7 +31,7 @@ from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import record_trace
-from dspylite.schema.messages import LMOutput, LMResponse, Usage, without_secrets
+from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage, without_secrets
 from dspylite.schema.records import Example, Prediction
 from dspylite.schema.signature import (
     AnySignature,
@@ -73,6 +74,7 @@ class _Question:
     inputs: Mapping[str, Any]
     lm: LanguageModel
     params: Mapping[str, Any]
+    parse_retries: int
     deadline_s: float | None
 
 
@@ -96,7 +98,8 @@ class Predict(Typed[P, S]):
     Args:
         signature: A signature class, or a text such as `"context: list[str], question -> answer"`.
         callbacks: Told of every call, after those of the settings.
-        **config: Request parameters of this predictor (`temperature`, `n` ...).
+        **config: Request parameters of this predictor (`temperature`, `n` ...), and
+            `parse_retries`, which overrides that of the settings.
 
     Attributes:
         signature: The signature class.
@@ -212,6 +215,7 @@ class Predict(Typed[P, S]):
             inputs=inputs,
             lm=lm,
             params=params,
+            parse_retries=_usable_retries(params.pop("parse_retries", None)),
             deadline_s=check_deadline("deadline_s", overrides.get("deadline_s")),
         )
 
@@ -279,14 +283,14 @@ async def _ask(io: Io, question: _Question) -> Prediction:
     adapter: Adapter = settings.adapter or _DEFAULT_ADAPTER
     responses: list[LMResponse] = []
     try:
-        rows = await _attempt(io, adapter, question, responses)
+        rows = await _Asking(io, adapter, question, responses).rows()
     except AdapterParseError as error:
         # In another form the answer would be as long, and cut again.
         if adapter.fallback is None or isinstance(error, TruncatedError):
             raise
         logger.debug("%s; asking again through %s", error.message, type(adapter.fallback).__name__)
         try:
-            rows = await _attempt(io, adapter.fallback, question, responses)
+            rows = await _Asking(io, adapter.fallback, question, responses).rows()
         except AdapterParseError as second:
             raise second from error
     prediction = Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
@@ -299,28 +303,106 @@ async def _ask(io: Io, question: _Question) -> Prediction:
     return prediction
 
 
-async def _attempt(
-    io: Io, adapter: Adapter, question: _Question, responses: list[LMResponse]
-) -> list[dict[str, Any]]:
-    signature = question.signature
-    shown = {"signature": signature, "demos": question.demos, "inputs": question.inputs}
-    with Observed("adapter_format", adapter, shown) as call:
-        messages = adapter.format(signature, question.demos, question.inputs)
-        call.outputs = messages
-    capabilities: frozenset[str] = frozenset()
-    if adapter.uses_capabilities:
-        capabilities = await io.any(lambda: question.lm.capabilities)
-    params = {**adapter.params(signature, capabilities), **question.params}
-    response = await question.lm.plan(io, messages, params)
-    responses.append(response)
-    rows: list[dict[str, Any]] = []
-    for output in response.outputs:
-        with Observed(
-            "adapter_parse", adapter, {"signature": signature, "completion": output.text}
-        ) as call:
-            rows.append(_parse(adapter, signature, output))
-            call.outputs = rows[-1]
-    return rows
+class _Asking:
+    """One question through one adapter: what is asked, and what is made of the answers."""
+
+    __slots__ = ("_adapter", "_io", "_question", "_responses")
+
+    def __init__(
+        self, io: Io, adapter: Adapter, question: _Question, responses: list[LMResponse]
+    ) -> None:
+        self._io = io
+        self._adapter = adapter
+        self._question = question
+        self._responses = responses  # receives all, also of the adapter before
+
+    async def rows(self) -> list[dict[str, Any]]:
+        """Ask, and read each of the answers.
+
+        Raises:
+            AdapterParseError: One cannot be read, nor what came in its place.
+        """
+        question, adapter = self._question, self._adapter
+        signature = question.signature
+        shown = {"signature": signature, "demos": question.demos, "inputs": question.inputs}
+        with Observed("adapter_format", adapter, shown) as call:
+            messages = adapter.format(signature, question.demos, question.inputs)
+            call.outputs = messages
+        capabilities: frozenset[str] = frozenset()
+        if adapter.uses_capabilities:
+            capabilities = await self._io.any(lambda: question.lm.capabilities)
+        params = {**adapter.params(signature, capabilities), **question.params}
+        response = await self._send(messages, params)
+        rows: list[dict[str, Any]] = []
+        unreadable: dict[int, AdapterParseError] = {}
+        try:
+            for index, output in enumerate(response.outputs):
+                try:
+                    rows.append(self._read(output))
+                except AdapterParseError as error:
+                    unreadable[index] = error
+                    rows.append({})
+        except BaseException:
+            _judge(response, is_readable=False)
+            raise
+        _judge(response, is_readable=not unreadable)
+        for index, problem in unreadable.items():
+            output = response.outputs[index]
+            rows[index] = await self._repaired(messages, params, output, problem)
+        return rows
+
+    async def _send(self, messages: Sequence[Message], params: Mapping[str, Any]) -> LMResponse:
+        response = await self._question.lm.plan(self._io, messages, params)
+        self._responses.append(response)
+        return response
+
+    async def _repaired(
+        self,
+        messages: Sequence[Message],
+        params: Mapping[str, Any],
+        output: LMOutput,
+        error: AdapterParseError,
+    ) -> dict[str, Any]:
+        """Tell the model what is wrong with its answer, as often as it may be; read the next one.
+
+        Raises:
+            AdapterParseError: The last answer cannot be read either.
+        """
+        for _ in range(self._question.parse_retries):
+            if isinstance(error, TruncatedError):  # the next one would be cut as well
+                break
+            logger.debug("%s; telling the model", error.message)
+            messages = [*messages, *repair_turn(output.text, error)]
+            response = await self._send(messages, {**params, "n": None})
+            output = response.outputs[0]
+            is_readable = False
+            try:
+                row = self._read(output)
+                is_readable = True
+            except AdapterParseError as again:
+                error = again
+            else:
+                return row
+            finally:
+                _judge(response, is_readable=is_readable)
+        raise error
+
+    def _read(self, output: LMOutput) -> dict[str, Any]:
+        adapter, signature = self._adapter, self._question.signature
+        shown = {"signature": signature, "completion": output.text}
+        with Observed("adapter_parse", adapter, shown) as call:
+            row = _parse(adapter, signature, output)
+            call.outputs = row
+        return row
+
+
+def _judge(response: LMResponse, *, is_readable: bool) -> None:
+    """Say whether an answer is worth keeping."""
+    if response.verdict is not None:
+        if is_readable:
+            response.verdict.accept()
+        else:
+            response.verdict.reject()
 
 
 def _parse(adapter: Adapter, signature: type[Signature], output: LMOutput) -> dict[str, Any]:
@@ -404,6 +486,16 @@ def _usable_config(config: Any) -> dict[str, Any]:
                 "call itself."
             )
     return dict(config or {})
+
+
+def _usable_retries(given: Any) -> int:
+    if given is None:
+        return settings.parse_retries
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise InputFieldError(
+            f"`parse_retries` must be a whole number of at least 0, not {given!r}."
+        )
+    return given
 
 
 def _usable_demos(demos: Any) -> list[dict[str, Any]]:

@@ -98,6 +98,15 @@ def get_item_index() -> int | None:
     return _ITEM.get()
 
 
+SECOND_START: ContextVar[bool] = ContextVar("dspylite_second_start", default=False)
+"""Whether this context works for an item that was started once more, because it hung."""
+
+
+def is_second_start() -> bool:
+    """Tell whether this context works for an item that was started once more, because it hung."""
+    return SECOND_START.get()
+
+
 class Observed:
     """The span of one call, told to callbacks; with no callbacks it does nothing.
 

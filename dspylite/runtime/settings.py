@@ -39,6 +39,8 @@ class SettingsChanges(TypedDict, total=False):
     track_usage: bool
     usage_tracker: Any
     budget: Any
+    cache_namespace: str | None
+    parse_retries: int
     deadline_s: float | None
     disable_history: bool
     max_history_size: int
@@ -146,6 +148,12 @@ def _optional(check: Callable[[str, Any], int]) -> Callable[[str, Any], int | No
     return lambda name, value: None if value is None else check(name, value)
 
 
+def _optional_text(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise SettingsError(f"`{name}` must be a text or None, not {value!r}.")
+
+
 def _callbacks(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
@@ -187,6 +195,10 @@ class Settings:
         track_usage: Whether a module's prediction carries the tokens of all calls below it.
         usage_tracker: The tracker of the innermost `track_usage()`.
         budget: The budget of the innermost `budget()`.
+        cache_namespace: Calls of one namespace share cached answers, and with those of others
+            nothing. None: calls with an `api_key` of their own share with that key's calls, all
+            others with each other.
+        parse_retries: How often a model is told why its answer cannot be read, and asked again.
         deadline_s: Longest time for a program or model call, in seconds, over waiting in line,
             retries and reading; a call made by another one has what is left to that one. None: no
             limit.
@@ -212,6 +224,8 @@ class Settings:
     track_usage = Key[bool](False, _flag)
     usage_tracker = Key[Any](None, _anything)
     budget = Key[Any](None, _anything)
+    cache_namespace = Key[str | None](None, _optional_text)
+    parse_retries = Key[int](0, _at_least(0))
     deadline_s = Key[float | None](None, check_deadline)
     disable_history = Key[bool](False, _flag)
     max_history_size = Key[int](1_000, _at_least(0))

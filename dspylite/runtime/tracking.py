@@ -6,12 +6,40 @@ Not here: what calls said (`runtime/history.py`), and telling callbacks (`runtim
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from dspylite.runtime.settings import overlay_with, settings
 from dspylite.schema.messages import Usage
+
+Cost = Callable[[Usage], float | None]
+"""What tokens cost in US dollars; None where nobody knows."""
+
+Event = Literal["failed", "retried", "fallbacks", "unfinished"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallCounts:
+    """What became of the requests to one model.
+
+    Attributes:
+        answered: Requests that were answered; their tokens are in the usage.
+        failed: Requests that failed, whether the call they were made for did or not.
+        retried: How many of the requests were made again after such a failure.
+        unfinished: Streams that were left before their end, so that nobody told their tokens.
+        cached: Calls that took no request: their answer was kept, or on its way to another caller.
+        fallbacks: Answers that this model gave in the place of another one.
+    """
+
+    answered: int = 0
+    failed: int = 0
+    retried: int = 0
+    unfinished: int = 0
+    cached: int = 0
+    fallbacks: int = 0
 
 
 class UsageTracker:
@@ -23,15 +51,32 @@ class UsageTracker:
 
     def __init__(self, parent: UsageTracker | None = None) -> None:
         self._parent = parent
-        self._lock = threading.Lock()  # guards `_by_model`; nothing is called while it is held
         self._by_model: dict[str, Usage] = {}
+        self._events: Counter[tuple[str, Event]] = Counter()
+        self._costs: dict[str, Cost] = {}
+        self._lock = threading.Lock()  # guards the three; nothing is called while it is held
 
-    def add(self, model: str, usage: Usage) -> None:
-        """Count one answered call."""
+    def add(self, model: str, usage: Usage, cost: Cost | None = None) -> None:
+        """Count one answered call.
+
+        Args:
+            model: Who answered.
+            usage: Its tokens.
+            cost: Tells what this model's tokens cost; None where nobody knows.
+        """
         with self._lock:
             self._by_model[model] = self._by_model.get(model, Usage()) + usage
+            if cost is not None:
+                self._costs[model] = cost
         if self._parent is not None:
-            self._parent.add(model, usage)
+            self._parent.add(model, usage, cost)
+
+    def note(self, model: str, event: Event) -> None:
+        """Count something that happened to a request."""
+        with self._lock:
+            self._events[model, event] += 1
+        if self._parent is not None:
+            self._parent.note(model, event)
 
     @property
     def by_model(self) -> Mapping[str, Usage]:
@@ -44,6 +89,37 @@ class UsageTracker:
         """The sum so far over all models."""
         return sum(self.by_model.values(), Usage())
 
+    @property
+    def counts(self) -> Mapping[str, CallCounts]:
+        """What became of the requests so far, by model name."""
+        with self._lock:
+            usages, events = dict(self._by_model), dict(self._events)
+        return {
+            model: CallCounts(
+                answered=usages.get(model, Usage()).calls,
+                cached=usages.get(model, Usage()).cached_calls,
+                **{event: events.get((model, event), 0) for event in get_args(Event)},
+            )
+            for model in dict.fromkeys([*usages, *(model for model, _ in events)])
+        }
+
+    @property
+    def cost_usd(self) -> float | None:
+        """What the answered calls cost in US dollars; None if the price of one is unknown.
+
+        Prices are those of the LMs, else of litellm's own table, which the first look may load; it
+        is never fetched. Discounts for cached tokens are not known here.
+        """
+        with self._lock:
+            usages, costs = dict(self._by_model), dict(self._costs)
+        total = 0.0
+        for model, usage in usages.items():
+            cost = costs[model](usage) if model in costs and usage.calls else None
+            if cost is None and usage.calls:
+                return None
+            total += cost or 0.0
+        return total
+
     def get_total_tokens(self) -> dict[str, dict[str, int]]:
         """Return the sums so far by model name, as plain dicts (DSPy's form)."""
         return {model: usage.as_dict() for model, usage in self.by_model.items()}
@@ -54,9 +130,19 @@ class UsageTracker:
         return self.get_total_tokens()
 
 
+def note_request(model: str, event: Event) -> None:
+    """Count what happened to a request, where somebody tracks usage."""
+    tracker: UsageTracker | None = settings.usage_tracker
+    if tracker is not None:
+        tracker.note(model, event)
+
+
 @contextmanager
 def track_usage() -> Generator[UsageTracker, None, None]:
     """Count the tokens of all calls made in the block, in any thread or task started from it.
+
+    The tracker tells them in sum (`total`), by model (`by_model`), what became of the requests
+    (`counts`: failed, retried, cached ...), and what they cost (`cost_usd`).
 
     Example:
         >>> with track_usage() as tracker:

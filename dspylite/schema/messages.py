@@ -58,6 +58,8 @@ class LMRequest:
         asked: Those of `params` that this call named, without the model's own defaults; what
             another model is given when it takes the call over.
         stream: Whether the answer is wanted piece by piece, as `LMResponse.stream`.
+        cache: Whether the answer may be an earlier one, and be kept for later.
+        rollout_id: Tells it from equal requests, in the cache alone.
     """
 
     model: str
@@ -65,6 +67,8 @@ class LMRequest:
     params: Mapping[str, Any] = field(default_factory=dict[str, Any])
     asked: Mapping[str, Any] = field(default_factory=dict[str, Any])
     stream: bool = False
+    cache: bool = True
+    rollout_id: Any = None
 
     def __repr__(self) -> str:
         params = without_secrets(self.params)

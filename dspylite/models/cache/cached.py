@@ -1,0 +1,234 @@
+"""`Cached`: the policy by which a call is answered from the cache, or by an equal one under way.
+
+Not here: where answers are kept (`cache.py`), and what makes requests equal (`keys.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+from dspylite.abc import Io, Next
+from dspylite.models.cache.cache import Cache
+from dspylite.models.cache.configure import current_cache
+from dspylite.models.cache.flights import LEADING, Flight
+from dspylite.models.cache.keys import describe
+from dspylite.models.cache.rows import own_copy
+from dspylite.models.middleware import Place
+from dspylite.models.streams import WatchedStream
+from dspylite.runtime.calls import is_second_start
+from dspylite.runtime.settings import settings
+from dspylite.schema.messages import (
+    Attempt,
+    DeltaSource,
+    LMRequest,
+    LMResponse,
+    Usage,
+    Verdict,
+)
+
+logger = logging.getLogger(__name__)
+
+_LEADERS_AWAITED = 2
+"""How many leaders may fail before those who waited ask for themselves, all at once: a queue of
+callers that time out one after the other would be as long as their number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Answers a call from the cache, or by an equal one under way, if it can.
+
+    Of equal calls under way at once, in whatever threads and loops, one makes the request. If it
+    fails or is cancelled, another one does. An answer is kept when its reader has accepted it.
+
+    Attributes:
+        kind: What tells the model's answers from those of others with the same name.
+    """
+
+    place: ClassVar[Place] = "cache"
+
+    kind: str
+
+    async def handle(self, request: LMRequest, call_next: Next, io: Io) -> LMResponse:
+        """Answer from memory, from disk, from a call under way, or by making the request."""
+        cache = current_cache()
+        key = self.key(request, cache) if request.cache and cache.is_on else None
+        if key is None:
+            return await call_next(request)
+        started = io.now()
+        found = cache.recall(key)
+        if found is not None:
+            return _reused(found, request, io.now() - started, _Kept(cache, key))
+        if request.stream or key in LEADING.get() or is_second_start():
+            found = cache.read(key)
+            if found is not None:
+                return _reused(found, request, io.now() - started, _Kept(cache, key))
+            return await self._ask(_Asked(self, request, cache, key), call_next)
+        for _ in range(_LEADERS_AWAITED):
+            flight, is_leader = cache.flights.join(key)
+            if is_leader:
+                return await self._lead(_Asked(self, request, cache, key, flight), call_next, io)
+            async with io.enter(flight):
+                pass
+            if flight.response is not None:
+                cache.count("shared")
+                return _reused(own_copy(flight.response), request, io.now() - started, None)
+        return await self._ask(_Asked(self, request, cache, key), call_next)
+
+    async def _lead(self, asked: _Asked, call_next: Next, io: Io) -> LMResponse:
+        """Answer for all who wait."""
+        flights, flight = asked.cache.flights, cast("Flight", asked.flight)
+        token = LEADING.set(LEADING.get() | {asked.key})
+        started = io.now()
+        try:
+            # Another may have kept the answer since this one looked.
+            found = asked.cache.read(asked.key)
+            if found is not None:
+                flights.answered(flight, found)
+                flights.end(flight)
+                kept = _Kept(asked.cache, asked.key)
+                return _reused(own_copy(found), asked.request, io.now() - started, kept)
+            response = await self._ask(asked, call_next)
+        except BaseException:
+            flights.end(flight)
+            raise
+        finally:
+            LEADING.reset(token)
+        if response.verdict is asked:
+            flights.answered(flight, own_copy(asked.response))
+        else:  # another model answered, which keeps its answers itself
+            flights.end(flight)
+        return response
+
+    @staticmethod
+    async def _ask(asked: _Asked, call_next: Next) -> LMResponse:
+        asked.cache.count("misses")
+        response = await call_next(asked.request)
+        if response.answered_by or response.verdict is not None:
+            return response
+        if response.stream is not None:
+            return replace(response, stream=_KeptStream(response.stream, asked))
+        asked.response = replace(response, attempts=())
+        return replace(response, verdict=asked)
+
+    def key(self, request: LMRequest, cache: Cache) -> str | None:
+        """Return the key of a request; None if it can have none, and is never kept."""
+        try:
+            return cache.cache_key(
+                describe(
+                    request,
+                    kind=self.kind,
+                    namespace=settings.cache_namespace,
+                    salt=cache.salt,
+                )
+            )
+        # A function among the parameters, or a key's function that fails: the engine says more.
+        except Exception as error:  # noqa: BLE001  # logged here; the call goes on
+            logger.debug("a call to %s cannot be cached: %s", request.model, type(error).__name__)
+            return None
+
+
+class _Kept:
+    """The verdict on an answer that came from the cache."""
+
+    __slots__ = ("_cache", "_key")
+
+    def __init__(self, cache: Cache, key: str) -> None:
+        self._cache = cache
+        self._key = key
+
+    def accept(self) -> None:
+        """Leave it where it is."""
+
+    def reject(self) -> None:
+        """Forget it, or whoever asks the same would never get another."""
+        self._cache.drop(self._key)
+
+
+class _Asked:
+    """A request that is made, and the verdict on its answer.
+
+    Attributes:
+        request: The request.
+        cache: Where the answer is kept.
+        key: Under what.
+        flight: Where others wait for it; None where nobody can.
+        response: The answer.
+    """
+
+    __slots__ = ("_is_open", "_policy", "cache", "flight", "key", "request", "response")
+
+    def __init__(
+        self,
+        policy: Cached,
+        request: LMRequest,
+        cache: Cache,
+        key: str,
+        flight: Flight | None = None,
+    ) -> None:
+        self._policy = policy
+        self._is_open = True
+        self.request = request
+        self.cache = cache
+        self.key = key
+        self.flight = flight
+        self.response: LMResponse | None = None
+
+    def accept(self) -> None:
+        """Keep the answer."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        key: str | None = self.key
+        if not self.cache.is_salt_kept:
+            # The directory is made now, and another process may have been faster with the salt.
+            self.cache.salt(make=True)
+            key = self._policy.key(self.request, self.cache)
+        try:
+            if key is not None and self.response is not None:
+                self.cache.write(key, self.response)
+        except (TypeError, ValueError, RecursionError):
+            logger.debug("an answer of %s has no form in JSON", self.request.model)
+        finally:
+            self._end()
+
+    def reject(self) -> None:
+        """Let the next one who asks the same ask for itself."""
+        if self._is_open:
+            self._is_open = False
+            self._end()
+
+    def _end(self) -> None:
+        if self.flight is not None:
+            self.cache.flights.end(self.flight)
+
+    def __del__(self) -> None:
+        """Take no verdict for a rejection."""
+        if self.flight is not None:
+            self.reject()
+
+
+class _KeptStream(WatchedStream):
+    """A stream whose answer is kept when it has come to its proper end."""
+
+    def __init__(self, source: DeltaSource, asked: _Asked) -> None:
+        super().__init__(source)
+        self._asked = asked
+
+    def ended(self) -> None:
+        self._asked.response = replace(self.response, attempts=(), stream=None)
+        self._asked.accept()
+
+
+def _reused(
+    found: LMResponse, request: LMRequest, seconds: float, verdict: Verdict | None
+) -> LMResponse:
+    """Return a kept or shared answer as that of a call that took no request."""
+    return replace(
+        found,
+        usage=Usage(cached_calls=1),
+        attempts=(Attempt(model=request.model, seconds=seconds, cached=True),),
+        cached=True,
+        verdict=verdict,
+    )

@@ -1,0 +1,95 @@
+"""The cache's first level: values in this process, the least recently used one dropped first.
+
+Not here: what outlives the process (`disk.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+_ENTRY_BYTES = 700
+"""What an entry takes beside its value: key, dict slot, objects; measured on CPython 3.11."""
+
+
+class MemoryCache:
+    """Values by key, bounded in bytes and in number.
+
+    Safe to use from any number of threads. Values must not be changed by anybody.
+
+    Args:
+        size_limit_bytes: Most bytes of values, by their length as rows.
+        max_entries: Most values.
+    """
+
+    def __init__(self, size_limit_bytes: int, max_entries: int) -> None:
+        self.size_limit_bytes = size_limit_bytes
+        self.max_entries = max_entries
+        self._values: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self.reset_after_fork()
+
+    def reset_after_fork(self) -> None:
+        """Go on with the values there are; a thread of the parent may have been in the middle."""
+        self._lock = threading.Lock()  # guards both below; nothing is called while it is held
+        self._size = sum(size for _, size in self._values.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the values kept now."""
+        return self._size
+
+    def get(self, key: str) -> Any:
+        """Return a value and note that it was used; None if there is none."""
+        with self._lock:
+            found = self._values.get(key)
+            if found is None:
+                return None
+            self._values.move_to_end(key)
+            return found[0]
+
+    def put(self, key: str, value: Any, size: int) -> None:
+        """Keep a value, dropping the least recently used ones beyond the bounds.
+
+        Args:
+            key: Its key.
+            value: The value; one larger than the bound is not kept.
+            size: Its length as a row, in bytes.
+        """
+        size += _ENTRY_BYTES
+        with self._lock:
+            self._drop(key)
+            if size > self.size_limit_bytes:
+                return
+            self._values[key] = (value, size)
+            self._size += size
+            while self._size > self.size_limit_bytes or len(self._values) > self.max_entries:
+                _, (_, dropped) = self._values.popitem(last=False)
+                self._size -= dropped
+
+    def delete(self, key: str) -> None:
+        """Forget a value, if there is one."""
+        with self._lock:
+            self._drop(key)
+
+    def _drop(self, key: str) -> None:
+        found = self._values.pop(key, None)
+        if found is not None:
+            self._size -= found[1]
+
+    def clear(self) -> None:
+        """Forget all values."""
+        with self._lock:
+            self._values.clear()
+            self._size = 0
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter(list(self._values))

@@ -1,0 +1,167 @@
+"""A kept answer as bytes and back: JSON text or raw float32, behind a small header.
+
+A row is believed only if its digest fits its key and its bytes. Nothing is ever unpickled. Not
+here: where rows are kept (`disk.py`, `memory.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sys
+from array import array
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from dspylite.schema.messages import LMOutput, LMResponse, Usage
+
+MAX_ROW_BYTES = 16_000_000
+"""Longest row; as long as the longest answer that an engine takes by default."""
+
+_MAGIC = b"dspl\x01"
+_RESPONSE, _JSON, _FLOATS = b"R", b"J", b"F"
+_DIGEST_BYTES = 16
+_HEADER_BYTES = len(_MAGIC) + 1 + _DIGEST_BYTES
+
+
+class BadRowError(Exception):
+    """What was found under a key was not put there by this package, or has been damaged."""
+
+
+def encode_row(key: str, value: Any) -> bytes:
+    """Write a value as a row.
+
+    Args:
+        key: What it will be kept under; the row is worthless under any other.
+        value: An `LMResponse`, an `array` of float32, or what JSON can say.
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if isinstance(value, LMResponse):
+        kind, payload = _RESPONSE, _json_bytes(_response_to_json(value))
+    elif isinstance(value, array):
+        if value.typecode != "f":
+            raise TypeError(f"Only float32 arrays are kept, not those of {value.typecode!r}.")
+        kind, payload = _FLOATS, _little_endian(value).tobytes()
+    else:
+        kind, payload = _JSON, _json_bytes(value)
+    return b"".join((_MAGIC, kind, _digest(key, kind, payload), payload))
+
+
+def decode_row(key: str, row: bytes) -> Any:
+    """Read a row back.
+
+    Raises:
+        BadRowError: It is not what was written under this key.
+    """
+    kind, digest = row[len(_MAGIC) : len(_MAGIC) + 1], row[len(_MAGIC) + 1 : _HEADER_BYTES]
+    payload = row[_HEADER_BYTES:]
+    if not row.startswith(_MAGIC) or digest != _digest(key, kind, payload):
+        raise BadRowError
+    try:
+        if kind == _RESPONSE:
+            return _response_from_json(_from_json(payload))
+        if kind == _FLOATS:
+            floats = array("f")
+            floats.frombytes(payload)
+            return _little_endian(floats)
+        if kind == _JSON:
+            return _from_json(payload)
+    # RecursionError: a planted row may be nested a million deep.
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BadRowError from error
+    raise BadRowError
+
+
+def _digest(key: str, kind: bytes, payload: bytes) -> bytes:
+    made = hashlib.blake2b(kind + key.encode("utf-8", "surrogatepass") + b"\0", digest_size=16)
+    made.update(payload)
+    return made.digest()
+
+
+def _json_bytes(value: Any) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _from_json(payload: bytes) -> Any:
+    return json.loads(payload.decode("utf-8", "surrogatepass"))
+
+
+def _little_endian(floats: array[float]) -> array[float]:
+    if sys.byteorder == "little":
+        return floats
+    swapped = array("f", floats)
+    swapped.byteswap()
+    return swapped
+
+
+_USAGE_COUNTS = tuple(each.name for each in fields(Usage) if each.name != "details")
+
+
+def _response_to_json(response: LMResponse) -> Any:
+    return {
+        "outputs": [
+            {
+                "text": output.text,
+                "finish_reason": output.finish_reason,
+                "reasoning": output.reasoning,
+                "tool_calls": list(output.tool_calls),
+            }
+            for output in response.outputs
+        ],
+        "usage": {
+            **{name: getattr(response.usage, name) for name in _USAGE_COUNTS},
+            "details": dict(response.usage.details),
+        },
+        "model": response.model,
+        "request_id": response.request_id,
+    }
+
+
+def _response_from_json(found: Any) -> LMResponse:
+    usage = found["usage"]
+    return LMResponse(
+        outputs=tuple(_output_from_json(output) for output in found["outputs"]),
+        usage=Usage(
+            **{name: _checked(usage[name], int) for name in _USAGE_COUNTS},
+            details={str(name): _checked(n, int) for name, n in usage["details"].items()},
+        ),
+        model=_checked(found["model"], str),
+        request_id=_checked(found["request_id"], str | None),
+    )
+
+
+def _output_from_json(found: Mapping[str, Any]) -> LMOutput:
+    return LMOutput(
+        text=_checked(found["text"], str),
+        finish_reason=_checked(found["finish_reason"], str | None),
+        reasoning=_checked(found["reasoning"], str | None),
+        tool_calls=tuple(_checked(call, dict) for call in found["tool_calls"]),
+    )
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def own_copy(value: Any) -> Any:
+    """Return a value that its reader may change without changing what is kept.
+
+    What is immutable is shared.
+    """
+    if isinstance(value, LMResponse):
+        if not any(output.tool_calls for output in value.outputs):
+            return value
+        outputs = tuple(
+            replace(output, tool_calls=copy.deepcopy(output.tool_calls)) for output in value.outputs
+        )
+        return replace(value, outputs=outputs)
+    if isinstance(value, str | int | float | None):
+        return value
+    return copy.deepcopy(value)

@@ -1,0 +1,424 @@
+"""The cache's second level: rows on disk that no call ever waits for long.
+
+Reading takes microseconds and is given up after 0.25 s; writing is left to one thread. Whatever is
+wrong with the disk is a miss, one warning and a count. Not here: the database itself (`disk.py`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dspylite.models.cache.contract import (
+    BusyError,
+    CacheStore,
+    DamagedError,
+    UnavailableError,
+    database_in,
+)
+from dspylite.models.cache.rows import BadRowError
+from dspylite.runtime.forks import hold_forks, watch_forks
+
+logger = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 0.25
+"""How long a call waits for the disk before it does without."""
+MOST_QUEUED_BYTES = 64_000_000
+"""Rows that wait to be written; what comes beyond them is not kept."""
+AT_EXIT_S = 2.0
+"""How long the end of the process waits for rows that are still to be written."""
+SALT_BYTES = 32
+_SALT_FILE = "salt"
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+"""How long the writing thread waits after it met another process's lock."""
+_ALONE_S = 1.0
+"""How long a disk that could not be used is left alone; guessed."""
+
+Count = Literal[
+    "writes", "dropped_writes", "rejected_rows", "damaged", "busy", "unavailable", "timeouts"
+]
+
+
+class DiskStore:
+    """Rows by key, on disk.
+
+    Safe to use from any number of threads, tasks and loops, and before and after a fork.
+
+    Args:
+        directory: Where the files are.
+        size_limit_bytes: Beyond it the rows stored longest ago go.
+    """
+
+    def __init__(self, directory: Path, size_limit_bytes: int) -> None:
+        self.directory = directory
+        self.size_limit_bytes = size_limit_bytes
+        self.counts: dict[Count, int] = dict.fromkeys(get_args(Count), 0)
+        self._file = database_in(directory)
+        self._told: set[str] = set()  # what was warned of
+        self._inherited: list[Any] = []  # of a parent process; never closed, so never let go
+        self._quiet_for: set[int] = set()  # threads that fork while nobody is inside sqlite
+        self._is_lost = False
+        self._opened: CacheStore | None = None
+        self._start_afresh()
+        _STORES.add(self)
+        watch_forks(self)
+        hold_forks(self)
+
+    def _start_afresh(self) -> None:
+        # Guards the next six and `counts`; held for a few steps only, and taken before no other.
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._rows: dict[str, bytes] = {}  # to be written; readable until they are
+        self._unwanted: set[str] = set()  # keys to be removed
+        self._queued_bytes = 0
+        self._is_working = self._is_closing = False
+        # Held by whoever changes the database, and over a fork; before `_changed`.
+        self._in_sqlite = threading.Lock()
+        self._pause_s = 0.0
+        self._write_at = self._read_at = 0.0  # not before
+
+    def before_fork(self) -> None:
+        """Let no fork find a thread inside sqlite, whose locks the child would find held."""
+        if not self._in_sqlite.acquire(timeout=LONGEST_WAIT_S):
+            return
+        if self._opened is None or self._opened.hold(LONGEST_WAIT_S):
+            self._quiet_for.add(threading.get_ident())
+        else:
+            self._in_sqlite.release()
+            self._opened.let_go()
+
+    def after_fork(self) -> None:
+        """Let the threads go on, in the process that forked."""
+        if threading.get_ident() in self._quiet_for:
+            self._quiet_for.discard(threading.get_ident())
+            if self._opened is not None:
+                self._opened.let_go()
+            self._in_sqlite.release()
+
+    def reset_after_fork(self) -> None:
+        """Start a thread and connections of this process's own, when they are needed."""
+        if self._opened is not None:
+            self._inherited += [self._opened, self._opened.abandon()]
+            self._opened = None
+        # Otherwise a lock inside sqlite may be held for ever, and nobody must touch it.
+        self._is_lost = self._is_lost or threading.get_ident() not in self._quiet_for
+        self._quiet_for = set()
+        self._start_afresh()
+
+    # -- what callers use -------------------------------------------------------------------------
+
+    def get(self, key: str) -> bytes | None:
+        """Return a row, within 0.25 s; None if there is none."""
+        row = self._rows.get(key)
+        if row is not None or self._is_lost or key in self._unwanted:
+            return row
+        if self._opened is None and not self._is_there():
+            return None
+        if time.monotonic() < self._read_at:
+            return None
+        try:
+            return self._table.get(key, LONGEST_WAIT_S)
+        except BadRowError:
+            self.reject(key)
+        except BusyError as error:
+            self._count("timeouts")
+            self._leave_alone("busy", error)
+        except UnavailableError as error:
+            self._count("unavailable")
+            self._leave_alone("unavailable", error)
+        except DamagedError as error:
+            self._set_aside(error)
+        return None
+
+    def put(self, key: str, row: bytes) -> None:
+        """Have a row written soon; nobody waits for it."""
+        if self._is_lost:
+            return
+        with self._changed:
+            is_full = self._queued_bytes + len(row) > MOST_QUEUED_BYTES
+            if not is_full:
+                self._unwanted.discard(key)
+                self._queued_bytes += len(row) - len(self._rows.get(key, b""))
+                self._rows[key] = row
+                self._wake_thread()
+        if is_full:
+            self._count("dropped_writes")
+            self._warn("full", "more answers wait to be written than may; the next are not kept")
+
+    def delete(self, key: str) -> None:
+        """Have a row removed soon; it is not given any more."""
+        if self._is_lost:
+            return
+        with self._changed:
+            self._queued_bytes -= len(self._rows.pop(key, b""))
+            self._unwanted.add(key)
+            self._wake_thread()
+
+    def reject(self, key: str) -> None:
+        """Have a row removed that was found not to be what it should."""
+        self._count("rejected_rows")
+        self._warn("rejected", "a row is damaged or not of this package; it is dropped")
+        self.delete(key)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until all rows are written; False if that took too long.
+
+        Args:
+            timeout_s: Seconds. None: as long as it takes.
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._has_work(), timeout_s)
+
+    def clear(self) -> bool:
+        """Remove all rows; False if that could not be done."""
+        with self._in_sqlite:
+            with self._changed:
+                self._forget_work()
+            return self._is_done(self._table.clear)
+
+    def close(self) -> None:
+        """Write what waits, close the files and end the thread; the next use starts them again."""
+        self.flush(AT_EXIT_S)
+        with self._changed:
+            thread = self._thread
+            self._is_closing = thread is not None
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join(AT_EXIT_S)
+        elif self._opened is not None:
+            self._opened.close()
+
+    def salt(self, *, make: bool) -> bytes | None:
+        """Return the salt that this directory's fingerprints are made with.
+
+        Args:
+            make: Whether it is made where there is none.
+
+        Returns:
+            None where there is none, or none could be had.
+        """
+        file = self.directory / _SALT_FILE
+        try:
+            found = _read_salt(file)
+            if found is None and make:
+                self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                found = _make_salt(file)
+        except OSError as error:
+            self._count("unavailable")
+            self._warn("unavailable", str(error))
+            return None
+        return found
+
+    # -- the writing thread -----------------------------------------------------------------------
+
+    def _wake_thread(self) -> None:
+        """Have the thread look for work; `_changed` must be held."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="dspylite-cache", daemon=True)
+            self._thread.start()
+            flush_at_exit()
+        self._changed.notify_all()
+
+    def _has_work(self) -> bool:
+        return bool(self._rows or self._unwanted or self._is_working)
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            with self._in_sqlite:
+                with self._changed:
+                    rows, unwanted = dict(self._rows), set(self._unwanted)
+                    self._is_working = True
+                is_over = self._write(rows, unwanted)
+                with self._changed:
+                    self._is_working = False
+                    if is_over:
+                        self._strike_off(rows, unwanted)
+                    self._changed.notify_all()
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to do; False when the thread must end."""
+        with self._changed:
+            while True:
+                pause_s = self._write_at - time.monotonic()
+                if (self._rows or self._unwanted) and pause_s <= 0:
+                    return True
+                if self._is_closing:
+                    break
+                self._changed.wait(pause_s if self._rows or self._unwanted else None)
+            self._is_closing = False
+            self._thread = None
+        # What was begun meanwhile belongs to the next thread, which waits for this lock.
+        with self._in_sqlite:
+            if self._opened is not None:
+                self._opened.close()
+        return False
+
+    def _write(self, rows: dict[str, bytes], unwanted: set[str]) -> bool:
+        """Write rows and remove others; False if that must be tried again."""
+        try:
+            self._attempt(lambda: self._change(rows, unwanted))
+        except BusyError as error:
+            self._count("busy")
+            self._warn("busy", str(error))
+            self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
+            self._write_at = time.monotonic() + self._pause_s
+            return False
+        except (UnavailableError, DamagedError):
+            self._count("dropped_writes", len(rows))
+            self._write_at = time.monotonic() + _ALONE_S
+            return True
+        self._pause_s = 0.0
+        self._count("writes", len(rows))
+        return True
+
+    def _change(self, rows: dict[str, bytes], unwanted: set[str]) -> None:
+        if unwanted:
+            self._table.delete(unwanted)
+        if rows:
+            self._table.put(rows.items())
+
+    def _strike_off(self, rows: dict[str, bytes], unwanted: set[str]) -> None:
+        for key, row in rows.items():
+            if self._rows.get(key) is row:
+                del self._rows[key]
+                self._queued_bytes -= len(row)
+        self._unwanted -= unwanted
+
+    def _forget_work(self) -> None:
+        self._rows.clear()
+        self._unwanted.clear()
+        self._queued_bytes = 0
+
+    # -- what may go wrong ------------------------------------------------------------------------
+
+    @property
+    def _table(self) -> CacheStore:
+        opened = self._opened
+        if opened is None:
+            opened = self._opened = _load_table()(self.directory, self.size_limit_bytes)
+        return opened
+
+    def _is_there(self) -> bool:
+        try:
+            return self._file.exists()
+        except OSError:  # not even that may be asked
+            return False
+
+    def _is_done(self, work: Callable[[], object]) -> bool:
+        try:
+            self._attempt(work)
+        except (BusyError, UnavailableError, DamagedError):
+            return False
+        return True
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        """Change the database, or a new one if this one turns out to be damaged."""
+        try:
+            work()
+        except DamagedError as error:
+            self._note_damage(error)
+            self._table.set_aside()
+            work()
+        except UnavailableError as error:
+            self._count("unavailable")
+            self._warn("unavailable", str(error))
+            self._table.close()
+            raise
+
+    def _set_aside(self, error: DamagedError) -> None:
+        """Put a file aside that a reader found damaged, unless the writing thread is about to."""
+        if not self._in_sqlite.acquire(blocking=False):
+            return
+        try:
+            self._note_damage(error)
+            self._table.set_aside()
+        except (BusyError, UnavailableError, DamagedError) as problem:
+            self._leave_alone("unavailable", problem)
+        finally:
+            self._in_sqlite.release()
+
+    def _note_damage(self, error: DamagedError) -> None:
+        self._count("damaged")
+        self._warn("damaged", f"{error}; it is set aside, and a new one is begun")
+
+    def _leave_alone(self, kind: str, error: Exception) -> None:
+        """Have calls do without the disk for a moment, so that not each of them waits."""
+        self._read_at = time.monotonic() + _ALONE_S
+        self._warn(kind, str(error))
+
+    def _count(self, what: Count, number: int = 1) -> None:
+        with self._changed:
+            self.counts[what] += number
+
+    def _warn(self, kind: str, what: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning("the disk cache in %s: %s (said once)", self.directory, what)
+
+
+@functools.cache
+def _load_table() -> Callable[[Path, int], CacheStore]:
+    """Import `disk.py` on its first use."""
+    # Loads sqlite3, whose libraries a program without a cache on disk never needs.
+    from dspylite.models.cache.disk import DiskTable  # noqa: PLC0415
+
+    return DiskTable
+
+
+def _read_salt(file: Path) -> bytes | None:
+    try:
+        found = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    return found if len(found) == SALT_BYTES else None
+
+
+def _make_salt(file: Path) -> bytes:
+    """Write a salt, or take that of a process which was faster: linking never replaces."""
+    made = file.with_name(f"{_SALT_FILE}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as writer:
+            writer.write(secrets.token_bytes(SALT_BYTES))
+        if file.exists() and _read_salt(file) is None:  # cut short by a crash or a full disk
+            os.replace(made, file)
+            return file.read_bytes()
+        try:
+            os.link(made, file)
+        except FileExistsError:
+            pass
+    finally:
+        made.unlink(missing_ok=True)
+    return file.read_bytes()
+
+
+_STORES: weakref.WeakSet[DiskStore] = weakref.WeakSet()
+_flushes_in: list[int] = []  # processes whose end is prepared
+
+
+def flush_at_exit() -> None:
+    """Have the end of this process wait for rows that are still to be written, a little."""
+    if os.getpid() in _flushes_in:
+        return
+    _flushes_in.append(os.getpid())
+    atexit.register(_flush_all)
+    # Children of multiprocessing end without `atexit`.
+    helper = sys.modules.get("multiprocessing.util")
+    if helper is not None:
+        helper.Finalize(None, _flush_all, exitpriority=10)
+
+
+def _flush_all() -> None:
+    deadline = time.monotonic() + AT_EXIT_S
+    for store in list(_STORES):
+        store.flush(max(0.0, deadline - time.monotonic()))
