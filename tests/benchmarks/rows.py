@@ -113,6 +113,19 @@ def _serving(form: str, peers: str, bare: str | None) -> Row:
     )
 
 
+def _hits(level: str) -> Row:
+    return Row(
+        name=f"hit-{level}",
+        title=f"one `Predict` call answered from the cache, {level}",
+        function="remembering:hits",
+        arguments=("{seconds}", level),
+        latency_ms=0,
+        peers=("dspylite", "dspy"),
+        columns=(_CPU, _WALL),
+        goals=(Goal(limit=0.35, than="dspy"),),
+    )
+
+
 def _statement(name: str, title: str, limit: float) -> Row:
     return Row(
         name=name,
@@ -206,6 +219,19 @@ ROWS = (
             Column(key="growth", title="x 1,000 items", unit="times"),
         ),
         goals=(Goal(limit=1.5, than="pool.map"), Goal(limit=25, key="growth")),
+    ),
+    _hits("memory"),
+    _hits("disk"),
+    Row(
+        name="growth",
+        title="memory that a call with 20 kB leaves behind, after 2,000 calls",
+        function="remembering:growth",
+        arguments=("2000", "6000", "20"),
+        latency_ms=0,
+        heavy=True,
+        peers=("dspylite", "dspy"),
+        columns=(Column(key="mb_per_call", title="memory per call", unit="megabytes"),),
+        goals=(Goal(limit=0.002, key="mb_per_call"),),
     ),
     _statement("read", "`settings.lm`", 0.25),
     _statement("context", "`with context(lm=x)`", 1.0),

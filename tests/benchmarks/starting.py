@@ -18,7 +18,7 @@ def importing(peer: str) -> dict[str, float]:
     for module in _MODULES.get(peer, (peer,)):
         __import__(module)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return {"cpu_s": cpu, "wall_s": wall, "memory_mb": _resident_mb()}
+    return {"cpu_s": cpu, "wall_s": wall, "memory_mb": resident_mb()}
 
 
 def first_answer(peer: str, port: str) -> dict[str, float]:
@@ -26,10 +26,11 @@ def first_answer(peer: str, port: str) -> dict[str, float]:
     from tests.benchmarks.peers import SYNC, check
 
     check(SYNC[peer](int(port), 1)())
-    return {"cpu_s": time.process_time(), "memory_mb": _resident_mb()}
+    return {"cpu_s": time.process_time(), "memory_mb": resident_mb()}
 
 
-def _resident_mb() -> float:
+def resident_mb() -> float:
+    """Return the memory that this process holds."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -34,6 +34,14 @@ def render(row: Row, title: str, found: Mapping[str, Measured]) -> str:
     return f"### {title}\n\n{_aligned(lines)}\n"
 
 
+_UNITS = {
+    "ideal": " % of ideal",
+    "memory_mb": " MB",
+    "mb_per_call": " MB",
+    "growth": " x 1,000 items",
+}
+
+
 def verdict(goal: Goal, found: Mapping[str, Measured]) -> str:
     """Say what was to reach and whether it was."""
     mine = found[goal.peer].median(goal.key)
@@ -43,7 +51,12 @@ def verdict(goal: Goal, found: Mapping[str, Measured]) -> str:
         what += f" x {TITLES[goal.than]}"
         theirs = found[goal.than].median(goal.key) if goal.than in found else None
     else:
-        what += {"ideal": " % of ideal", "memory_mb": " MB", "growth": " x 1,000 items"}[goal.key]
+        what += {
+            "ideal": " % of ideal",
+            "memory_mb": " MB",
+            "mb_per_call": " MB",
+            "growth": " x 1,000 items",
+        }[goal.key]
     if mine is None or (goal.than is not None and not theirs):
         return f"{what}: not measured"
     value = mine / theirs if theirs else mine
@@ -60,7 +73,7 @@ def figure(value: float | None, unit: Unit) -> str:
             scale, name = next((s for s in _TIMES if value >= s[0]), _TIMES[-1])
             return f"{value / scale:#.3g}".rstrip(".") + f" {name}"
         case "megabytes":
-            return f"{value:.0f} MB"
+            return f"{value:.0f} MB" if abs(value) >= 1 else f"{1000 * value:.1f} kB"
         case "per second":
             return f"{value:,.0f}"
         case "percent":

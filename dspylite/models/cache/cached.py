@@ -35,6 +35,9 @@ _LEADERS_AWAITED = 2
 callers that time out one after the other would be as long as their number."""
 
 
+_NOTHING_SPENT = Usage(cached_calls=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Cached:
     """Answers a call from the cache, or by an equal one under way, if it can.
@@ -57,13 +60,10 @@ class Cached:
         if key is None:
             return await call_next(request)
         started = io.now()
-        found = cache.recall(key)
+        found = cache.read(key)
         if found is not None:
             return _reused(found, request, io.now() - started, _Kept(cache, key))
         if request.stream or key in LEADING.get() or is_second_start():
-            found = cache.read(key)
-            if found is not None:
-                return _reused(found, request, io.now() - started, _Kept(cache, key))
             return await self._ask(_Asked(self, request, cache, key), call_next)
         for _ in range(_LEADERS_AWAITED):
             flight, is_leader = cache.flights.join(key)
@@ -82,8 +82,9 @@ class Cached:
         token = LEADING.set(LEADING.get() | {asked.key})
         started = io.now()
         try:
-            # Another may have kept the answer since this one looked.
-            found = asked.cache.read(asked.key)
+            # Another may have kept the answer since this one looked; what is kept is in memory.
+            cache = asked.cache
+            found = (cache.recall if cache.enable_memory_cache else cache.read)(asked.key)
             if found is not None:
                 flights.answered(flight, found)
                 flights.end(flight)
@@ -225,9 +226,11 @@ def _reused(
     found: LMResponse, request: LMRequest, seconds: float, verdict: Verdict | None
 ) -> LMResponse:
     """Return a kept or shared answer as that of a call that took no request."""
-    return replace(
-        found,
-        usage=Usage(cached_calls=1),
+    return LMResponse(
+        outputs=found.outputs,
+        usage=_NOTHING_SPENT,
+        model=found.model,
+        request_id=found.request_id,
         attempts=(Attempt(model=request.model, seconds=seconds, cached=True),),
         cached=True,
         verdict=verdict,

@@ -48,14 +48,6 @@ def key_of(described: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical({"version": KEY_VERSION, **described})).hexdigest()
 
 
-def _canonical(value: Any) -> bytes:
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_in_json
-    )
-    # Escaped, half a surrogate pair and another half would read like one whole character.
-    return text.encode("utf-8", "surrogatepass")
-
-
 def _in_json(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return {"pydantic": _schema(type(value)), "value": value.model_dump(mode="json")}
@@ -69,6 +61,16 @@ def _in_json(value: Any) -> Any:
 @functools.lru_cache(maxsize=512)
 def _schema(model: type[BaseModel]) -> Mapping[str, Any]:
     return {"name": model.__qualname__, "schema": model.model_json_schema()}
+
+
+# Escaped, half a surrogate pair and another half would read like one whole character.
+_ENCODER = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_in_json
+)
+
+
+def _canonical(value: Any) -> bytes:
+    return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
 
 
 def describe(
@@ -129,8 +131,16 @@ def fingerprint(secrets: Mapping[str, Any], salt: bytes) -> str:
         secrets: By name; a function stands for what it returns.
         salt: Of this cache.
     """
-    known = {name: value() if callable(value) else value for name, value in secrets.items()}
-    return hashlib.blake2b(_canonical(known), key=salt, digest_size=16).hexdigest()
+    known = tuple((name, value() if callable(value) else value) for name, value in secrets.items())
+    try:
+        return _fingerprint(known, salt)
+    except TypeError:  # dicts, as headers are, cannot be remembered
+        return _fingerprint.__wrapped__(known, salt)
+
+
+@functools.lru_cache(maxsize=256)  # made anew, it is a tenth of a hit
+def _fingerprint(secrets: tuple[tuple[str, Any], ...], salt: bytes) -> str:
+    return hashlib.blake2b(_canonical(dict(secrets)), key=salt, digest_size=16).hexdigest()
 
 
 def endpoint_text(model: str, params: Mapping[str, Any]) -> str:

@@ -12,10 +12,10 @@ import json
 import sys
 from array import array
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from dspylite.schema.messages import LMOutput, LMResponse, Usage
+from dspylite.schema.messages import LMOutput, LMResponse
 
 MAX_ROW_BYTES = 16_000_000
 """Longest row; as long as the longest answer that an engine takes by default."""
@@ -23,6 +23,7 @@ MAX_ROW_BYTES = 16_000_000
 _MAGIC = b"dspl\x01"
 _RESPONSE, _JSON, _FLOATS = b"R", b"J", b"F"
 _DIGEST_BYTES = 16
+_TEXT_OR_NONE = (str, type(None))
 _HEADER_BYTES = len(_MAGIC) + 1 + _DIGEST_BYTES
 
 
@@ -99,10 +100,8 @@ def _little_endian(floats: array[float]) -> array[float]:
     return swapped
 
 
-_USAGE_COUNTS = tuple(each.name for each in fields(Usage) if each.name != "details")
-
-
 def _response_to_json(response: LMResponse) -> Any:
+    # Without its usage: those tokens were counted once, and are not spent again.
     return {
         "outputs": [
             {
@@ -113,33 +112,24 @@ def _response_to_json(response: LMResponse) -> Any:
             }
             for output in response.outputs
         ],
-        "usage": {
-            **{name: getattr(response.usage, name) for name in _USAGE_COUNTS},
-            "details": dict(response.usage.details),
-        },
         "model": response.model,
         "request_id": response.request_id,
     }
 
 
 def _response_from_json(found: Any) -> LMResponse:
-    usage = found["usage"]
     return LMResponse(
-        outputs=tuple(_output_from_json(output) for output in found["outputs"]),
-        usage=Usage(
-            **{name: _checked(usage[name], int) for name in _USAGE_COUNTS},
-            details={str(name): _checked(n, int) for name, n in usage["details"].items()},
-        ),
+        outputs=tuple([_output_from_json(output) for output in found["outputs"]]),
         model=_checked(found["model"], str),
-        request_id=_checked(found["request_id"], str | None),
+        request_id=_checked(found["request_id"], _TEXT_OR_NONE),
     )
 
 
 def _output_from_json(found: Mapping[str, Any]) -> LMOutput:
     return LMOutput(
         text=_checked(found["text"], str),
-        finish_reason=_checked(found["finish_reason"], str | None),
-        reasoning=_checked(found["reasoning"], str | None),
+        finish_reason=_checked(found["finish_reason"], _TEXT_OR_NONE),
+        reasoning=_checked(found["reasoning"], _TEXT_OR_NONE),
         tool_calls=tuple(_checked(call, dict) for call in found["tool_calls"]),
     )
 
