@@ -15,11 +15,12 @@ def main() -> None:
         FakeServer(answer=ANSWER.format("said by the first model")) as first,
         FakeServer(answer=ANSWER.format("said by the second model")) as second,
     ):
-        spare = dspy.LM("openai/second", api_base=second.base_url, api_key="none")
+        spare = dspy.LM("openai/second", api_base=second.base_url, api_key="none", cache=False)
         lm = dspy.LM(
             "openai/first",
             api_base=first.base_url,
             api_key="none",
+            cache=False,  # the same questions are asked again during the outage
             num_retries=1,
             max_concurrency=8,
             fallbacks=[spare],

@@ -14,8 +14,12 @@ import pytest
 # anything is imported, so that child processes inherit it.
 os.environ["DSPYLITE_CACHE"] = "off"
 
+from dspylite.models.cache.cache import Cache
+from dspylite.models.cache.configure import use_cache
 from dspylite.models.endpoints import forget_endpoints
 from dspylite.testing import FakeServer
+
+_NO_CACHE = Cache(enable_disk_cache=False, enable_memory_cache=False)
 
 
 @pytest.fixture(scope="module", params=["asyncio", "trio"])
@@ -47,6 +51,12 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def unknown_endpoints() -> None:
     """Let no test meet an endpoint that is held back for the failures of an earlier test."""
     forget_endpoints()
+
+
+@pytest.fixture(autouse=True)
+def unanswered_questions() -> None:
+    """Let no test be answered by the cache of another one."""
+    use_cache(_NO_CACHE)
 
 
 @pytest.fixture

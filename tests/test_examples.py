@@ -30,7 +30,7 @@ def run_example(name: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, f"examples/{name}.py"],
         cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        env={**inherited, "PYTHONPATH": str(ROOT), "DSPYLITE_CACHE": "memory", **environment},
         capture_output=True,
         text=True,
         timeout=50,

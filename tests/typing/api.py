@@ -455,6 +455,30 @@ def over_http(error: dspy.DSPyError) -> int:
     return answer.status
 
 
+# --- The cache, and what calls took ---------------------------------------------------------------
+
+
+class ByQuestionOnly(dspy.Cache):
+    def cache_key(
+        self, request: Mapping[str, Any], ignored_args_for_cache_key: Sequence[str] | None = None
+    ) -> str:
+        return super().cache_key({"messages": request["messages"]}, ignored_args_for_cache_key)
+
+
+def cached(lm: dspy.LM) -> None:
+    dspy.configure_cache(True, True, "/tmp/x", 10_000, 100, memory_size_limit_bytes=1_000)
+    assert_type(dspy.cache, dspy.Cache)
+    dspy.cache = ByQuestionOnly(enable_disk_cache=False)
+    assert_type(dspy.cache.stats(), dspy.CacheStats)
+    assert_type(dspy.cache.stats().memory_hits, int)
+    assert_type(dspy.cache.flush(1.0), bool)
+    with dspy.context(cache_namespace="team", parse_retries=1), dspy.track_usage() as tracker:
+        lm("Hi", cache=False, rollout_id=2)
+    assert_type(tracker.counts["m"].retried, int)
+    assert_type(tracker.cost_usd, float | None)
+    assert_type(lm.cost_of(dspy.Usage()), float | None)
+
+
 # --- Fakes for tests -----------------------------------------------------------------------------
 
 
