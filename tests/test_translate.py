@@ -31,7 +31,8 @@ from dspylite.errors import (
     LMTimeoutError,
     LMTransportError,
 )
-from dspylite.models.translate import redact, retry_after_s
+from dspylite.models.translate import retry_after_s
+from dspylite.schema.secrets import redact
 from dspylite.testing import FakeServer, Reply
 
 KEY = "sk-key-of-this-test-0123456789"

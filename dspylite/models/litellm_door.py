@@ -17,10 +17,11 @@ import anyio
 
 from dspylite.errors import CallCancelledError, DeadlineExceededError, LMTimeoutError
 from dspylite.models.knowledge import Knowledge, knowledge_of_row
-from dspylite.models.translate import secrets_of, shows_secret, translate_error
+from dspylite.models.translate import shows_secret, translate_error
 from dspylite.runtime.bridge import call_within
 from dspylite.runtime.clock import deadline_error, time_left
 from dspylite.runtime.workers import call_in_thread
+from dspylite.schema.secrets import secrets_of
 
 T = TypeVar("T")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import email.utils
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from dspylite.errors import (
     LMTransportError,
     LMUnexpectedError,
 )
-from dspylite.schema.messages import is_secret
+from dspylite.schema.secrets import redact
 
 _TIMEOUT_NAMES = re.compile(r"Timeout|TimedOut")
 _TRANSPORT_NAMES = re.compile(
@@ -46,37 +45,6 @@ _CONTENT_FILTER = re.compile(
 _NO_KEY = re.compile(r"Missing credentials|api_key client option must be set")
 _RETRY_AFTER = ("retry-after-ms", "retry-after")
 _REQUEST_ID = ("x-request-id", "request-id", "x-amzn-requestid", "apim-request-id")
-REDACTED = "[redacted]"
-
-
-def redact(text: str, secrets: Iterable[str]) -> str:
-    """Replace known secrets in a text, also those that a server echoes back.
-
-    Example:
-        >>> redact("bad key sk-abcdefgh", ["sk-abcdefgh"])
-        'bad key [redacted]'
-    """
-    for secret in sorted(secrets, key=len, reverse=True):  # one may be the start of another
-        if len(secret) >= MIN_SECRET_CHARS:
-            text = text.replace(secret, REDACTED)
-    return text
-
-
-def secrets_of(arguments: Mapping[str, Any]) -> list[str]:
-    """Return every string that no error may show: the call's own and the environment's."""
-    found: list[Any] = []
-    for name, value in (*arguments.items(), *os.environ.items()):
-        if is_secret(name):
-            found += value.values() if isinstance(value, Mapping) else [value]
-    # A key read from a file may end in a line break, which is quoted otherwise or not at all.
-    texts = [
-        line.strip() for value in found if isinstance(value, str) for line in value.split("\n")
-    ]
-    return texts + [text.partition(" ")[2] for text in texts]  # "Bearer" is no part of the secret
-
-
-MIN_SECRET_CHARS = 6
-"""Shorter "secrets" (a local server's `none`) would blot out ordinary words."""
 
 
 def shows_secret(error: BaseException, secrets: Sequence[str]) -> bool:

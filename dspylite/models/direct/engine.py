@@ -40,12 +40,13 @@ from dspylite.models.direct.wire import (
     Limits,
 )
 from dspylite.models.streams import close_stream
-from dspylite.models.translate import error_of_answer, redact, secrets_of, status_of_error
+from dspylite.models.translate import error_of_answer, status_of_error
 from dspylite.runtime.clock import time_left
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.loops import running_library
 from dspylite.runtime.workers import call_in_thread, open_in_thread
 from dspylite.schema.messages import LMDelta, LMRequest, LMResponse, Usage
+from dspylite.schema.secrets import redact, secrets_of
 
 _TRANSPORT = frozenset(
     {
