@@ -68,6 +68,7 @@ from dspylite.programs.predict import ChainOfThought, Predict
 from dspylite.runtime.budgets import budget
 from dspylite.runtime.calls import BaseCallback, current_call
 from dspylite.runtime.cancellation import check_cancelled
+from dspylite.runtime.inspection import inspect_history
 from dspylite.runtime.settings import SettingsWarning, configure, context, settings
 from dspylite.runtime.threads import (
     ThreadPoolExecutor,
@@ -189,6 +190,7 @@ __all__ = [
     "current_call",
     "finished_results",
     "infer_prefix",
+    "inspect_history",
     "is_retryable_lm_error",
     "make_signature",
     "propagate_to_threads",

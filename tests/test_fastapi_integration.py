@@ -342,6 +342,24 @@ def test_impossible_settings_are_answered_with_500_and_logged(
     assert said not in body.decode()
 
 
+def test_answer_that_cannot_be_read_is_logged_without_its_text(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What a model wrote may quote what it was asked (B 4.11)."""
+    app = FastAPI()
+    install(app)
+
+    @app.get("/")
+    def ask() -> None:
+        raise dspy.AdapterParseError("ChatAdapter", "question -> answer", "confidential")
+
+    with served(app) as port, caplog.at_level("INFO"):
+        status, _, body = get(port, "/")
+    assert (status, "confidential" in body.decode()) == (502, False)
+    assert "`ChatAdapter` could not read the answer for `question -> answer`." in caplog.text
+    assert "confidential" not in caplog.text
+
+
 async def test_settings_without_a_boundary_raise() -> None:
     """Without it they would last beyond the request, silently."""
     app = FastAPI(dependencies=[PER_TENANT])

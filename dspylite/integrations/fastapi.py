@@ -23,7 +23,13 @@ import anyio.lowlevel
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
-from dspylite.errors import CallCancelledError, DSPyError, MissingExtraError, SettingsError
+from dspylite.errors import (
+    AdapterParseError,
+    CallCancelledError,
+    DSPyError,
+    MissingExtraError,
+    SettingsError,
+)
 from dspylite.models.base import BaseLM
 from dspylite.models.direct.engine import close_connections
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
@@ -92,7 +98,7 @@ async def _answer(connection: HTTPConnection, error: DSPyError) -> JSONResponse 
             connection.url.path,
             answer.status,
             type(error).__name__,
-            error,
+            _loggable(error),
             exc_info=error if answer.status == 500 else None,
         )
     if not isinstance(connection, WebSocket):
@@ -102,6 +108,14 @@ async def _answer(connection: HTTPConnection, error: DSPyError) -> JSONResponse 
         code = _WEBSOCKET_TRY_LATER if may_pass else _WEBSOCKET_FAILED
         await connection.close(code, reason=str(answer.body["error"]["code"]))
     return None
+
+
+def _loggable(error: DSPyError) -> object:
+    """Return what may be logged of an error: what the model wrote may quote what it was asked."""
+    if not isinstance(error, AdapterParseError):
+        return error
+    logger.debug("%s", error)
+    return f"`{error.adapter_name}` could not read the answer for `{error.signature}`."
 
 
 # --- Settings for each request -------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, TextIO, cast
 
 from dspylite.abc import Engine, Io, Middleware, Next
 from dspylite.errors import LMConfigurationError, LMError
@@ -34,6 +34,7 @@ from dspylite.runtime.cancellation import check_cancelled
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.history import GLOBAL_HISTORY, History, keep_call
+from dspylite.runtime.inspection import pretty_print_history
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import note_request
 from dspylite.runtime.workers import call_in_thread
@@ -368,6 +369,10 @@ class BaseLM:
         response = await self.plan(ASYNC, _as_messages(prompt, messages), kwargs)
         return _plain_outputs(_accepted(response))
 
+    def inspect_history(self, n: int = 1, file: TextIO | None = None) -> None:
+        """Print the last `n` calls of this LM; otherwise as `dspylite.inspect_history`."""
+        pretty_print_history(self.history, n, file)
+
     def copy(self, **changes: Any) -> Self:
         """Return an LM with an empty history of its own and some parameters changed.
 
@@ -496,6 +501,13 @@ class _Record:
         """Return how the stream that broke is noted."""
         return error.attempts[-1:] or (failed_attempt(self._request, error, seconds),)
 
+    def _cost(self, response: LMResponse) -> float | None:
+        """Return what an answer cost, if that is known without loading a table."""
+        price = self._price or self._lm.price(look_up=False)
+        if price is None or (price.is_charged and not response.usage.total_tokens):
+            return None  # where the server counted nothing, that is not known to cost nothing
+        return price.of(response.usage)
+
     def keep(self, response: LMResponse, seconds: float) -> LMResponse:
         """Sign, count and keep an answered call; return it signed."""
         is_counted = bool(response.answered_by)  # by the fallback that answered
@@ -512,9 +524,13 @@ class _Record:
             tracker.add(self._lm.model, response.usage, self._lm.cost_of)
         keep_call(
             model=self._lm.model,
+            model_type=self._lm.model_type,
             messages=self._request.messages,
             params=self._request.params,
             response=response,
+            outputs=_plain_outputs(response),
+            cost=None if is_counted else self._cost(response),
+            seconds=seconds,
             histories=(self._lm.history,) if is_counted else (self._lm.history, GLOBAL_HISTORY),
             is_kept=is_counted,
         )

@@ -51,6 +51,11 @@ class Price:
     input_usd: float
     output_usd: float
 
+    @property
+    def is_charged(self) -> bool:
+        """Whether tokens cost anything."""
+        return bool(self.input_usd or self.output_usd)
+
     def of(self, usage: Usage) -> float:
         """Return what a call cost in US dollars, without discounts for cached tokens.
 

@@ -17,7 +17,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import Any, ClassVar, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, ClassVar, Literal, Self, TextIO, TypeVar, Unpack, overload
 
 from dspylite.abc import Io, LanguageModel
 from dspylite.concurrency.outcome import Outcome
@@ -27,6 +27,7 @@ from dspylite.runtime.calls import Observed
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
 from dspylite.runtime.history import History, recording_in
+from dspylite.runtime.inspection import pretty_print_history
 from dspylite.runtime.settings import settings
 from dspylite.runtime.tracking import track_usage
 from dspylite.schema.records import Outputs
@@ -347,6 +348,10 @@ class Module:
                     made[id(part)] = fn(part)
                 replace(made[id(part)])
         return self
+
+    def inspect_history(self, n: int = 1, file: TextIO | None = None) -> None:
+        """Print the last `n` calls made in this module; otherwise as `dspylite.inspect_history`."""
+        pretty_print_history(self.history, n, file)
 
     def deepcopy(self) -> Self:
         """Return a copy that shares nothing that can change, but is told to the same callbacks.

@@ -1,62 +1,220 @@
 """What is kept of finished calls: the last of them, per model, per module and of all.
 
-Not here: how many tokens they took (`runtime/tracking.py`).
+Not here: how many tokens they took (`runtime/tracking.py`), and how they are shown
+(`runtime/inspection.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import os
+import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from sys import getsizeof
 from types import TracebackType
 from typing import Any
 
-from dspylite.runtime.settings import settings
-from dspylite.schema.messages import LMResponse, Message, without_secrets
+from dspylite.errors import clip
+from dspylite.runtime.settings import overlay_with, settings
+from dspylite.schema.messages import LMResponse, Message, is_secret, without_secrets
+from dspylite.schema.secrets import REDACTED, redact, secrets_of
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGGED_CHARS = 200
+"""Longest piece of a prompt or an answer in a log line."""
+
+CUT_TEXT_CHARS = 1_000
+"""What is left of each text of a call that is too large to be kept whole."""
+
+_OWN_BYTES = 1_000
+"""What an entry takes beside its texts, its response included; measured on CPython 3.11, where a
+short call of `Predict` takes 1.9 kB in all (`tests/test_history.py` measures it again)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HistoryEntry:
-    """One finished call, as `history` keeps it. Reads like DSPy's dict: `entry["messages"]`.
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _new_id() -> str:
+    return os.urandom(16).hex()  # as `uuid4().hex`, at a quarter of the cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HistoryEntry(Mapping[str, Any]):
+    """One answered call, as histories keep it: attributes, and a read-only mapping as in DSPy.
+
+    `entry["usage"]`, `entry.get("cost")`, `"prompt" in entry` and `dict(entry)` work. A changed
+    entry is made by `dataclasses.replace(entry, messages=())`.
 
     Attributes:
-        model: The model asked.
-        messages: What it was sent.
-        outputs: The texts it wrote.
+        model: The LM asked.
+        messages: What it was sent; the messages of a chat that goes on later are those of then.
+        outputs: The `n` answers as the call returned them: texts, or dicts where an answer holds
+            more than text (`"text"`, `"reasoning_content"`, `"tool_calls"`).
         usage: Tokens, by the provider's names.
         kwargs: Request parameters; never a key or a header.
+        response: The answer as a value, with its attempts; None where texts were cut or a
+            `redact_history` is set, because it would tell them a second time.
+        cost: US dollars; 0.0 for a cached answer, None if the LM was given no `price`.
+        timestamp: When it was answered: UTC, in ISO 8601.
+        uuid: Tells this call from all others.
+        response_model: The model that answered, as the provider names it.
+        model_type: Kind of endpoint: `"chat"`, `"text"` or `"responses"`.
+        cached: Whether it took no request of its own.
+        seconds: How long it took, with retries and waits in line; None if unknown.
+        size_bytes: What the entry is taken to need in memory; not among the mapping's keys.
     """
 
     model: str
     messages: Sequence[Message]
-    outputs: tuple[str, ...]
+    outputs: tuple[str | dict[str, Any], ...]
     usage: Mapping[str, int]
     kwargs: Mapping[str, Any]
+    response: LMResponse | None = field(default=None, repr=False)
+    cost: float | None = None
+    timestamp: str = field(default_factory=_now)
+    uuid: str = field(default_factory=_new_id)
+    response_model: str = ""
+    model_type: str = "chat"
+    cached: bool = False
+    seconds: float | None = None
+    size_bytes: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        size = _size_of(self.messages, self.outputs, self.kwargs) + _OWN_BYTES
+        object.__setattr__(self, "size_bytes", size)
+
+    @property
+    def prompt(self) -> str | None:
+        """The text, where the call was one user message of plain text; else None."""
+        if len(self.messages) != 1 or not isinstance(self.messages[0], dict):
+            return None
+        content = self.messages[0].get("content")
+        is_plain = self.messages[0].get("role") == "user" and isinstance(content, str)
+        return content if is_plain and isinstance(content, str) else None
 
     def __getitem__(self, name: str) -> Any:
+        if name not in _ENTRY_KEYS:
+            raise KeyError(name)
         return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_ENTRY_KEYS)
+
+    def __len__(self) -> int:
+        return len(_ENTRY_KEYS)
+
+
+_ENTRY_KEYS = ("prompt", *(f.name for f in dataclasses.fields(HistoryEntry) if f.init))
+
+
+def _size_of(*values: Any) -> int:
+    """Estimate what texts and the containers around them take; anything else counts little."""
+    size, left, seen = 0, list(values), set[int]()
+    for value in left:  # which grows meanwhile
+        if type(value) is str:  # most are; this is asked of each call
+            size += getsizeof(value)
+        elif isinstance(value, _CONTAINERS):
+            if id(value) not in seen:  # what holds itself ends here too
+                seen.add(id(value))
+                size += getsizeof(value)
+                left += value.values() if isinstance(value, dict) else value
+        else:
+            size += getsizeof(value) if isinstance(value, _TEXTS) else 32
+    return size
+
+
+_TEXTS, _CONTAINERS = (str, bytes), (dict, list, tuple)
+
+
+def fitted(entry: HistoryEntry, limit: int) -> HistoryEntry | None:
+    """Return an entry of at most `limit` bytes.
+
+    One that is larger has each text cut to 1,000 characters and no `response`. If that is still too
+    large, None is returned.
+
+    Example:
+        >>> entry = HistoryEntry(
+        ...     model="m",
+        ...     messages=[{"role": "user", "content": "a" * 9000}],
+        ...     outputs=(),
+        ...     usage={},
+        ...     kwargs={},
+        ... )
+        >>> fitted(entry, 5_000).messages[0]["content"][-24:]
+        '… (8000 more characters)'
+    """
+    if entry.size_bytes <= limit:
+        return entry
+    cut = dataclasses.replace(
+        entry,
+        messages=_cut(entry.messages),
+        outputs=tuple(_cut(entry.outputs)),
+        kwargs=_cut(entry.kwargs),
+        response=None,
+    )
+    return cut if cut.size_bytes <= limit else None
+
+
+def _cut(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, str):
+        return clip(value, CUT_TEXT_CHARS)
+    if depth > _MAX_DEPTH:
+        return "…"
+    if isinstance(value, dict):
+        return {key: _cut(each, depth + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cut(each, depth + 1) for each in value]
+    return value
+
+
+_MAX_DEPTH = 16
+"""Deepest place in a parameter that is looked at; a guess beyond what providers take."""
 
 
 class History:
-    """The last calls, oldest first; bounded by `settings.max_history_size` when a call is added."""
+    """The last calls, oldest first; safe to read and to add to from any thread.
+
+    When a call is added, the oldest go until at most `settings.max_history_size` calls, of at most
+    `settings.max_history_bytes` together, are left. A call larger than that is kept with its texts
+    cut to 1,000 characters each. Copies and pickles of a history are empty.
+    """
 
     def __init__(self) -> None:
         self._entries: deque[HistoryEntry] = deque()
+        self._size_bytes = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """What the calls kept are taken to need in memory."""
+        return self._size_bytes
 
     def add(self, entry: HistoryEntry) -> None:
-        """Keep a call, dropping the oldest beyond the bound."""
-        limit = settings.max_history_size
-        self._entries.append(entry)
-        while len(self._entries) > limit:
-            try:
-                self._entries.popleft()
-            except IndexError:  # another thread dropped it first
-                break
+        """Keep a call, dropping the oldest beyond the bounds."""
+        limit, most_bytes = settings.max_history_size, settings.max_history_bytes
+        fitting = fitted(entry, most_bytes) if limit else None
+        if fitting is None:
+            return
+        dropped: list[HistoryEntry] = []  # freed after the lock: finalizers may run any code
+        with _LOCK:
+            self._entries.append(fitting)
+            self._size_bytes += fitting.size_bytes
+            while len(self._entries) > limit or self._size_bytes > most_bytes:
+                oldest = self._entries.popleft()
+                self._size_bytes -= oldest.size_bytes
+                dropped.append(oldest)
 
     def clear(self) -> None:
         """Forget all calls."""
-        self._entries.clear()
+        with _LOCK:
+            dropped, self._entries, self._size_bytes = self._entries, deque(), 0
+        del dropped  # freed after the lock
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -68,11 +226,8 @@ class History:
         return self._copy()[index]
 
     def _copy(self) -> list[HistoryEntry]:
-        while True:
-            try:
-                return list(self._entries)
-            except RuntimeError:  # a thread added while we copied; the copy takes microseconds
-                continue
+        with _LOCK:
+            return list(self._entries)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the entries behind: a pickle after many calls is no larger than a fresh one."""
@@ -80,7 +235,18 @@ class History:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Start empty."""
-        self._entries = deque()
+        self.__init__()  # type: ignore[misc]  # a subclass with arguments would bring its own
+
+
+# Guards the entries and the sum of every history, each for about a microsecond; nothing is called
+# while it is held, and no other lock is taken. It is one for all so that a fork can wait for it: a
+# child finds no history half changed. A signal handler that makes a call may enter it again.
+_LOCK = threading.RLock()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
+    )
 
 
 GLOBAL_HISTORY = History()
@@ -115,34 +281,180 @@ class recording_in:  # noqa: N801  # used like the functions of contextlib
 def keep_call(
     *,
     model: str,
+    model_type: str = "chat",
     messages: Sequence[Message],
     params: Mapping[str, Any],
     response: LMResponse,
+    outputs: Sequence[str | dict[str, Any]],
+    cost: float | None = None,
+    seconds: float | None = None,
     histories: Sequence[History | list[Any]],
     is_kept: bool = False,
 ) -> None:
-    """Keep one answered call in the histories.
+    """Keep one answered call in the histories, and tell of it in a line of the log.
 
     Args:
         model: The model asked.
+        model_type: Kind of endpoint.
         messages: What it was sent.
         params: Request parameters.
         response: What it answered.
+        outputs: The answers as the call returns them.
+        cost: US dollars; None if the price is unknown.
+        seconds: How long it took.
         histories: Those that keep it, besides the ones open in this context.
-        is_kept: Whether the LM that really answered, a fallback, has told the open histories
-            already.
+        is_kept: Whether the LM that really answered, a fallback, has told the open histories, and
+            the log, already.
     """
-    if settings.disable_history:
-        return
-    entry = HistoryEntry(
-        model=model,
-        messages=messages,
-        outputs=tuple(output.text for output in response.outputs),
-        usage=response.usage.as_dict(),
-        kwargs=without_secrets(params),
+    is_logged = logger.isEnabledFor(logging.DEBUG) and not is_kept
+    entry = None
+    if not settings.disable_history and settings.max_history_size:
+        redaction = settings.redact_history
+        entry = HistoryEntry(
+            model=model,
+            messages=[_of_now(message) for message in messages],
+            outputs=tuple(outputs),
+            usage=response.usage.as_dict(),
+            kwargs=_shown(params),
+            response=_plain(response) if redaction is None else None,
+            cost=0.0 if response.cached else cost,
+            response_model=response.model or model,
+            model_type=model_type,
+            cached=response.cached,
+            seconds=seconds,
+        )
+        if redaction is not None:
+            entry = _redacted(entry, redaction)
+    if is_logged:
+        _log(model, response, seconds, entry, params)
+    if entry is not None:
+        # What is too large is cut once, and shared.
+        entry = fitted(entry, settings.max_history_bytes)
+    if entry is not None:
+        for history in (*histories, *(() if is_kept else _OPEN.get())):
+            if isinstance(history, History):
+                history.add(entry)
+            else:  # a plain list, as some models of users keep one
+                history.append(entry)
+
+
+def _of_now(message: Message) -> Message:
+    """Copy what a caller who goes on with the chat may change; texts are shared."""
+    copy: Any = dict(message) if isinstance(message, dict) else message
+    if isinstance(message, dict) and isinstance(content := message.get("content"), list):
+        copy["content"] = [dict(part) if isinstance(part, dict) else part for part in content]
+    own: Message = copy
+    return own
+
+
+def _plain(response: LMResponse) -> LMResponse:
+    """Leave out what is alive: the place of a verdict, and the stream."""
+    if response.verdict is None and response.stream is None:
+        return response
+    return dataclasses.replace(response, verdict=None, stream=None)
+
+
+def _shown(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters without keys and headers, also where they stand inside of one."""
+    return {
+        name: _shown_inside(value) if isinstance(value, dict | list) else value
+        for name, value in without_secrets(params).items()
+    }
+
+
+def _shown_inside(value: Any, depth: int = 0) -> Any:
+    if depth > _MAX_DEPTH:
+        return "…"
+    if isinstance(value, dict):
+        return {
+            name: REDACTED
+            if isinstance(name, str) and is_secret(name) and _holds_texts(each)
+            else _shown_inside(each, depth + 1)
+            for name, each in value.items()
+        }
+    if isinstance(value, list):
+        return [_shown_inside(each, depth + 1) for each in value]
+    return value
+
+
+def _holds_texts(value: Any) -> bool:
+    """Tell a secret from the JSON schema of a tool's parameter that is named like one."""
+    if isinstance(value, dict):
+        return "type" not in value and all(isinstance(each, str) for each in value.values())
+    return isinstance(value, str)
+
+
+_TOLD: set[tuple[str, str]] = set()
+"""The failures of redactions that were logged: function and class of the error."""
+
+_MAX_TOLD = 100
+
+
+def _redacted(
+    entry: HistoryEntry, redaction: Callable[[HistoryEntry], HistoryEntry | None]
+) -> HistoryEntry | None:
+    """Return the entry that may be kept; None if there is none, or the function failed."""
+    try:
+        with overlay_with(disable_history=True):  # calls that it makes would be redacted in turn
+            kept = redaction(entry)
+        if kept is None or _is_sound(kept):
+            return kept
+        failure = f"returned a {type(kept).__name__} that is no sound HistoryEntry, nor None"
+    except Exception as error:  # noqa: BLE001  # told here, by its class alone: its text may quote the entry
+        failure = f"raised {type(error).__name__}"
+    name = getattr(redaction, "__qualname__", type(redaction).__qualname__)
+    if (name, failure) not in _TOLD and len(_TOLD) < _MAX_TOLD:
+        _TOLD.add((name, failure))
+        logger.warning(
+            "redact_history=%s %s; such calls are not kept in any history, and this is said once",
+            name,
+            failure,
+        )
+    return None
+
+
+def _is_sound(entry: Any) -> bool:
+    return isinstance(entry, HistoryEntry) and all(
+        isinstance(each, list | tuple) for each in (entry.messages, entry.outputs)
     )
-    for history in (*histories, *(() if is_kept else _OPEN.get())):
-        if isinstance(history, History):
-            history.add(entry)
-        else:  # a plain list, as some models of users keep one
-            history.append(entry)
+
+
+def _log(
+    model: str,
+    response: LMResponse,
+    seconds: float | None,
+    entry: HistoryEntry | None,
+    params: Mapping[str, Any],
+) -> None:
+    """Tell of a call in one line; its texts are those that may be kept."""
+    texts = ""
+    if entry is not None:
+        secrets = secrets_of(params)
+        last = entry.messages[-1] if entry.messages else None
+        asked = last.get("content") if isinstance(last, dict) else None
+        answered = entry.outputs[0] if entry.outputs else ""
+        texts = f": {_short(asked, secrets)} -> {_short(answered, secrets)}"
+    logger.debug(
+        "%s answered with %d tokens for %d%s%s%s",
+        model,
+        response.usage.completion_tokens,
+        response.usage.prompt_tokens,
+        "" if seconds is None else f" in {seconds:.3f} s",
+        ", cached" if response.cached else "",
+        texts,
+    )
+
+
+def _short(content: Any, secrets: Sequence[str]) -> str:
+    text = content if isinstance(content, str) else ""
+    if isinstance(content, dict):
+        text = str(content.get("text") or content.get("tool_calls") or "")
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict)]
+        text = " ".join(str(part.get("text") or f"<{part.get('type')}>") for part in parts)
+    # Secrets first: of one that is cut in two, the first half would stay. Quoted, so that a line
+    # break in the text begins no line of the log.
+    shown = redact(text[: 20 * MAX_LOGGED_CHARS], secrets)
+    if len(shown) <= MAX_LOGGED_CHARS:
+        return repr(shown)
+    return f"{shown[:MAX_LOGGED_CHARS]!r}… ({len(text)} characters)"

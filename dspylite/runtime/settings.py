@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack, overload
 
@@ -44,6 +45,8 @@ class SettingsChanges(TypedDict, total=False):
     deadline_s: float | None
     disable_history: bool
     max_history_size: int
+    max_history_bytes: int
+    redact_history: Callable[[Any], Any] | None
     max_trace_size: int
     num_threads: int
     max_errors: int | None
@@ -170,6 +173,16 @@ def _recorder(name: str, value: Any) -> list[Any] | None:
     raise SettingsError(f"`{name}` must be a list to record into, or None, not {value!r}.")
 
 
+def _redaction(name: str, value: Any) -> Callable[[Any], Any] | None:
+    if value is not None and (not callable(value) or iscoroutinefunction(value)):
+        raise SettingsError(
+            f"`{name}` must be a plain function from an entry to an entry or None, not {value!r}; "
+            f"write `{name}=lambda entry: dataclasses.replace(entry, messages=())`."
+        )
+    function: Callable[[Any], Any] | None = value
+    return function
+
+
 def _anything(name: str, value: Any) -> Any:  # noqa: ARG001  # the shape of a check
     return value
 
@@ -203,7 +216,12 @@ class Settings:
             retries and reading; a call made by another one has what is left to that one. None: no
             limit.
         disable_history: Whether finished calls are forgotten at once.
-        max_history_size: Most calls kept in a history.
+        max_history_size: Most calls kept in a history; 0 keeps none.
+        max_history_bytes: Most memory that the calls kept in a history may take, by estimate; the
+            oldest go first.
+        redact_history: A function that is given the `HistoryEntry` of each finished call before it
+            is kept anywhere, and returns the entry to keep, or None to keep nothing of the call.
+            Where it fails nothing is kept. None: calls are kept as they are.
         max_trace_size: Most entries kept in `trace`; the oldest go first.
         num_threads: Threads of `Parallel` and `batch`.
         max_errors: Failures after which a batch takes no further item. None: it tries all.
@@ -229,6 +247,8 @@ class Settings:
     deadline_s = Key[float | None](None, check_deadline)
     disable_history = Key[bool](False, _flag)
     max_history_size = Key[int](1_000, _at_least(0))
+    max_history_bytes = Key[int](8_000_000, _at_least(0))
+    redact_history = Key[Callable[[Any], Any] | None](None, _redaction)
     max_trace_size = Key[int](10_000, _at_least(1))
     num_threads = Key[int](8, _at_least(1))
     max_errors = Key[int | None](None, _optional(_at_least(1)))

@@ -5,14 +5,16 @@ A line that must be an error says so twice, once for each checker; when the erro
 `warn_unused_ignores` and the first line of this file make both checkers fail.
 """
 
+import dataclasses
 import threading
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, assert_type
+from typing import Any, TextIO, assert_type
 
 import dspylite as dspy
 from dspylite.abc import Io, Next
+from dspylite.runtime.history import HistoryEntry
 from dspylite.testing import (
     DummyLM,
     FakeClock,
@@ -239,6 +241,25 @@ def changing_settings(lm: dspy.LM) -> None:
     dspy.configure(num_thread=8)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     dspy.configure(num_threads="8")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     dspy.configure(lm="openai/gpt-4o-mini")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def hidden(entry: HistoryEntry) -> HistoryEntry | None:
+    assert_type(entry.outputs, tuple[str | dict[str, Any], ...])
+    assert_type(entry.cost, float | None)
+    assert_type(entry["usage"], Any)
+    assert_type(entry.get("cost"), Any | None)
+    return dataclasses.replace(entry, messages=()) if entry.prompt else None
+
+
+def histories(lm: dspy.LM, program: dspy.Module, file: TextIO) -> None:
+    dspy.configure(max_history_bytes=1_000_000, redact_history=hidden)
+    dspy.inspect_history()
+    dspy.inspect_history(n=2, file=file)
+    lm.inspect_history(3)
+    program.inspect_history(3, file)
+    assert_type([entry.model for entry in lm.history], list[str])
+    dspy.configure(redact_history="hide")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    dspy.inspect_history("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def settings_warnings(warning: dspy.SettingsWarning) -> UserWarning:
