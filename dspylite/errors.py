@@ -159,30 +159,6 @@ def clip(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
     return f"{text[:limit]}… ({len(text) - limit} more characters)"
 
 
-def forget_context(error: BaseException, handled: BaseException | None) -> None:
-    """Cut what was handled when `error` was raised, and what led to it, from the error's context.
-
-    A traceback that is logged would show it, and the texts that it quotes, as if it were part of
-    this error.
-
-    Example:
-        >>> try:
-        ...     {}["a text that must not be logged"]
-        ... except KeyError as handled:
-        ...     try:
-        ...         1 / 0
-        ...     except ZeroDivisionError as error:
-        ...         forget_context(error, handled)
-        ...         print(error.__context__)
-        None
-    """
-    link: BaseException | None = error
-    while handled is not None and link is not None:
-        if link.__context__ is handled:
-            link.__context__ = None
-        link = link.__context__
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name was probably meant, as a sentence to put at the end of a message.
 

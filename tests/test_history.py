@@ -183,6 +183,25 @@ def test_cached_answer_costs_nothing() -> None:
     assert (kept[0].cost, kept[0].cached, kept[0].response_model) == (0.0, True, "m-1")
 
 
+class Judge:
+    """Where a reader would say whether the answer is worth keeping; it holds a lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def accept(self) -> None: ...
+
+    def reject(self) -> None: ...
+
+
+def test_nothing_alive_is_kept_of_an_answer() -> None:
+    """An entry outlives its call, and is pickled."""
+    lm = FakeLM([LMResponse(outputs=(LMOutput(text="a"),), verdict=Judge())])
+    lm("hello")
+    assert lm.history[0].response.verdict is None
+    pickle.dumps(lm.history[0])
+
+
 def test_entries_tell_when_and_which(server: FakeServer) -> None:
     """Lines of a log are joined with calls by these."""
     lm = lm_of(server)
@@ -261,8 +280,13 @@ def test_sums_never_drift_while_16_threads_add_and_clear() -> None:
         return found
 
     limits = dspy.context(max_history_bytes=50_000, max_history_size=12)
-    with limits, dspy.ThreadPoolExecutor(16) as pool:
-        seen = [size for sizes in pool.map(add, range(16)) for size in sizes]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with limits, dspy.ThreadPoolExecutor(16) as pool:
+            seen = [size for sizes in pool.map(add, range(16)) for size in sizes]
+    finally:
+        sys.setswitchinterval(interval)
     assert max(seen) <= 50_000
     assert history.size_bytes == sum(entry.size_bytes for entry in history)
     history.clear()
@@ -387,33 +411,49 @@ def test_disabled_history_makes_no_entry(monkeypatch: pytest.MonkeyPatch) -> Non
     assert made == []
 
 
+about_to_fork: list[threading.Event] = []
+"""Set when this process is about to fork, before any hook that was registered earlier runs."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=lambda: [event.set() for event in about_to_fork])
+
+
+class Halting(HistoryEntry):
+    """An entry whose size takes until a fork begins, the second time that it is asked for."""
+
+    __slots__ = ("asked", "inside")
+
+    @property
+    def size_bytes(self) -> int:  # type: ignore[override]
+        self.asked.append(1)
+        if len(self.asked) == 2:  # it fits; then it is added, with the lock held
+            self.inside.set()
+            assert about_to_fork[0].wait(20)
+        return 1_000
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_forked_child_finds_histories_whole_while_threads_add() -> None:
+def test_forked_child_finds_a_history_whole_that_a_thread_was_changing() -> None:
     """A child that inherits a held lock hangs at its first call (B 7.3)."""
-    history, stop = History(), threading.Event()
-
-    def add() -> None:
-        while not stop.is_set():
-            history.add(entry_of())
-
-    threads = [threading.Thread(target=add) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    codes = []
+    history, inside = History(), threading.Event()
+    entry = Halting.__new__(Halting)
+    object.__setattr__(entry, "asked", [])
+    object.__setattr__(entry, "inside", inside)
+    about_to_fork.append(threading.Event())
+    thread = threading.Thread(target=history.add, args=[entry])
+    thread.start()
     try:
-        for _ in range(20):
-            child = os.fork()
-            if child == 0:  # pragma: no cover -- coverage does not see such a child
-                signal.alarm(20)
-                history.add(entry_of())
-                is_whole = history.size_bytes == sum(each.size_bytes for each in history)
-                os._exit(0 if is_whole else 1)
-            codes.append(os.waitpid(child, 0)[1])
+        assert inside.wait(20)
+        child = os.fork()
+        if child == 0:  # pragma: no cover -- coverage does not see such a child
+            signal.alarm(10)
+            history.add(entry_of())
+            is_whole = history.size_bytes == sum(each.size_bytes for each in history)
+            os._exit(0 if is_whole and len(history) == 2 else 1)
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join(20)
-    assert codes == [0] * 20
+        thread.join(20)
+        about_to_fork.clear()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 CALLS = """

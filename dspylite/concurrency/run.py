@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from dspylite.concurrency.items import Item, Job, enter_item
 from dspylite.concurrency.outcome import Outcome, skipped
-from dspylite.errors import BatchError, CallCancelledError, ItemTimeoutError, forget_context
+from dspylite.errors import BatchError, CallCancelledError, ItemTimeoutError
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
 from dspylite.runtime.forks import watch_forks
 from dspylite.runtime.settings import settings
@@ -308,14 +308,11 @@ class Run:
             if not self._record(item, error, value):
                 return False
             self._ended += 1
-            handled = sys.exception()
             try:
                 self._progress(self._ended, self.total, self._errors)
             except BaseException as failure:  # a broken progress display must not harm the batch
                 if _is_ctrl_c(failure):
                     raise
-                # The item's own error, which may be handled just now, is no part of this one.
-                forget_context(failure, handled)
                 logger.warning("the progress callback failed", exc_info=True)
             return True
 
