@@ -506,7 +506,8 @@ def test_memory_is_flat_over_large_calls_with_defaults() -> None:
                 process.stdin.flush()
         assert process.returncode == 0
     (blocks, resident, *_), (last_blocks, last_resident, kept, kept_bytes) = seen[0], seen[-1]
-    assert last_blocks - blocks < 0.5 * calls * (rounds - 1)
+    # A call that stays is some 20 blocks and 20 kB; connections opened late are some hundred blocks.
+    assert last_blocks - blocks < 3 * calls * (rounds - 1)
     assert last_resident - resident < (24_000_000 if IS_FULL else 12_000_000)
     assert (kept > 300, kept_bytes <= 8_000_000) == (True, True)
 

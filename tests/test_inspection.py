@@ -291,12 +291,12 @@ def test_notebook_shows_html_in_which_nothing_runs(
     cells: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model's answer, or a page that it was sent, must not act in the reader's notebook."""
-    lm = FakeLM(["<script>alert(1)</script>"])
+    lm = FakeLM(["<script>alert(1)</script>\x1b\u202e"])
     lm(messages=[{"role": "user", "content": "<img src=x onerror=alert(1)> & \"'"}])
     dspy.inspect_history()
     (page,) = cells
     assert page.startswith("<pre")
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b\\u202e" in page
     assert "&lt;img src=x onerror=alert(1)&gt; &amp; &quot;&#x27;" in page
     inside = page.removeprefix('<pre style="white-space:pre-wrap">').removesuffix("</pre>")
     tags = {part.partition(">")[0].partition(" ")[0] for part in inside.split("<")[1:]}
