@@ -313,10 +313,11 @@ def test_call_larger_than_the_bound_is_kept_with_its_texts_cut(server: FakeServe
 @pytest.mark.parametrize("most", [0, 3_000])
 def test_call_that_is_too_large_even_when_cut_is_not_kept(most: int) -> None:
     """The bound holds whatever is asked."""
-    lm = FakeLM()
+    lm, own = FakeLM(), History()
     with dspy.context(max_history_bytes=most):
         lm(LARGE)
-    assert (len(lm.history), lm.history.size_bytes) == (0, 0)
+        own.add(entry_of(LARGE, outputs=(LARGE, LARGE)))
+    assert (len(lm.history), lm.history.size_bytes) == (len(own), own.size_bytes) == (0, 0)
     assert GLOBAL_HISTORY.size_bytes == sum(each.size_bytes for each in GLOBAL_HISTORY)
 
 
@@ -506,7 +507,7 @@ def test_memory_is_flat_over_large_calls_with_defaults() -> None:
                 process.stdin.flush()
         assert process.returncode == 0
     (blocks, resident, *_), (last_blocks, last_resident, kept, kept_bytes) = seen[0], seen[-1]
-    # A call that stays is some 20 blocks and 20 kB; connections opened late are some hundred blocks.
+    # A call that stays is 20 blocks and 20 kB; connections opened late are some hundred blocks.
     assert last_blocks - blocks < 3 * calls * (rounds - 1)
     assert last_resident - resident < (24_000_000 if IS_FULL else 12_000_000)
     assert (kept > 300, kept_bytes <= 8_000_000) == (True, True)
