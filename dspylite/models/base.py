@@ -503,7 +503,7 @@ class _Record:
 
     def _cost(self, response: LMResponse) -> float | None:
         """Return what an answer cost, if that is known without loading a table."""
-        price = self._price or self._lm.price(look_up=False)
+        price = self._lm.price(look_up=False)
         if price is None or (price.is_charged and not response.usage.total_tokens):
             return None  # where the server counted nothing, that is not known to cost nothing
         return price.of(response.usage)

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -37,8 +38,8 @@ _OWN_BYTES = 1_000
 short call of `Predict` takes 1.9 kB in all (`tests/test_history.py` measures it again)."""
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+_MESSAGE_BYTES = 240
+"""A dict with a role and a content; measured likewise."""
 
 
 def _new_id() -> str:
@@ -62,7 +63,7 @@ class HistoryEntry(Mapping[str, Any]):
         response: The answer as a value, with its attempts; None where texts were cut or a
             `redact_history` is set, because it would tell them a second time.
         cost: US dollars; 0.0 for a cached answer, None if the LM was given no `price`.
-        timestamp: When it was answered: UTC, in ISO 8601.
+        answered_at: When it was answered, in seconds since 1970; `timestamp` says it in ISO 8601.
         uuid: Tells this call from all others.
         response_model: The model that answered, as the provider names it.
         model_type: Kind of endpoint: `"chat"`, `"text"` or `"responses"`.
@@ -78,7 +79,7 @@ class HistoryEntry(Mapping[str, Any]):
     kwargs: Mapping[str, Any]
     response: LMResponse | None = field(default=None, repr=False)
     cost: float | None = None
-    timestamp: str = field(default_factory=_now)
+    answered_at: float = field(default_factory=time.time)
     uuid: str = field(default_factory=_new_id)
     response_model: str = ""
     model_type: str = "chat"
@@ -87,7 +88,12 @@ class HistoryEntry(Mapping[str, Any]):
     size_bytes: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        size = _size_of(self.messages, self.outputs, self.kwargs) + _OWN_BYTES
+        size = _size_of(self.outputs, self.kwargs) + _OWN_BYTES
+        for message in self.messages:
+            # Most messages are a role and a text, and this is asked of each call.
+            text = message.get("content") if isinstance(message, dict) else None
+            is_plain = type(text) is str and len(message) == 2
+            size += getsizeof(text) + _MESSAGE_BYTES if is_plain else _size_of(message)
         object.__setattr__(self, "size_bytes", size)
 
     @property
@@ -98,6 +104,11 @@ class HistoryEntry(Mapping[str, Any]):
         content = self.messages[0].get("content")
         is_plain = self.messages[0].get("role") == "user" and isinstance(content, str)
         return content if is_plain and isinstance(content, str) else None
+
+    @property
+    def timestamp(self) -> str:
+        """When it was answered: UTC, in ISO 8601."""
+        return datetime.fromtimestamp(self.answered_at, UTC).isoformat(timespec="milliseconds")
 
     def __getitem__(self, name: str) -> Any:
         if name not in _ENTRY_KEYS:
@@ -111,7 +122,10 @@ class HistoryEntry(Mapping[str, Any]):
         return len(_ENTRY_KEYS)
 
 
-_ENTRY_KEYS = ("prompt", *(f.name for f in dataclasses.fields(HistoryEntry) if f.init))
+_ENTRY_KEYS = (
+    *("prompt", "timestamp"),
+    *(f.name for f in dataclasses.fields(HistoryEntry) if f.init and f.name != "answered_at"),
+)
 
 
 def _size_of(*values: Any) -> int:
@@ -197,7 +211,10 @@ class History:
 
     def add(self, entry: HistoryEntry) -> None:
         """Keep a call, dropping the oldest beyond the bounds."""
-        limit, most_bytes = settings.max_history_size, settings.max_history_bytes
+        self.add_within(entry, settings.max_history_size, settings.max_history_bytes)
+
+    def add_within(self, entry: HistoryEntry, limit: int, most_bytes: int) -> None:
+        """Keep a call, within bounds that the caller has looked up."""
         fitting = fitted(entry, most_bytes) if limit else None
         if fitting is None:
             return
@@ -327,13 +344,14 @@ def keep_call(
             entry = _redacted(entry, redaction)
     if is_logged:
         _log(model, response, seconds, entry, params)
+    limit, most_bytes = settings.max_history_size, settings.max_history_bytes
     if entry is not None:
         # What is too large is cut once, and shared.
-        entry = fitted(entry, settings.max_history_bytes)
+        entry = fitted(entry, most_bytes)
     if entry is not None:
         for history in (*histories, *(() if is_kept else _OPEN.get())):
             if isinstance(history, History):
-                history.add(entry)
+                history.add_within(entry, limit, most_bytes)
             else:  # a plain list, as some models of users keep one
                 history.append(entry)
 
@@ -351,7 +369,15 @@ def _plain(response: LMResponse) -> LMResponse:
     """Leave out what is alive: the place of a verdict, and the stream."""
     if response.verdict is None and response.stream is None:
         return response
-    return dataclasses.replace(response, verdict=None, stream=None)
+    return LMResponse(  # as `replace` does it, at a third of the cost
+        outputs=response.outputs,
+        usage=response.usage,
+        model=response.model,
+        request_id=response.request_id,
+        answered_by=response.answered_by,
+        attempts=response.attempts,
+        cached=response.cached,
+    )
 
 
 def _shown(params: Mapping[str, Any]) -> dict[str, Any]:
