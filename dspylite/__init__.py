@@ -66,8 +66,9 @@ from dspylite.models.streams import LMStream
 from dspylite.programs.base import Module
 from dspylite.programs.predict import ChainOfThought, Predict
 from dspylite.runtime.budgets import budget
-from dspylite.runtime.calls import BaseCallback, current_call
+from dspylite.runtime.calls import BaseCallback, LMOutputs, with_callbacks
 from dspylite.runtime.cancellation import check_cancelled
+from dspylite.runtime.frames import current_call
 from dspylite.runtime.inspection import inspect_history
 from dspylite.runtime.settings import SettingsWarning, configure, context, settings
 from dspylite.runtime.threads import (
@@ -150,6 +151,7 @@ __all__ = [
     "LMError",
     "LMInvalidRequestError",
     "LMNotConfiguredError",
+    "LMOutputs",
     "LMRateLimitError",
     "LMRequest",
     "LMResponse",
@@ -197,4 +199,5 @@ __all__ = [
     "settings",
     "syncify",
     "track_usage",
+    "with_callbacks",
 ]

@@ -4,6 +4,7 @@ Not here: what is counted and kept of calls (`test_tracking.py`).
 """
 
 import logging
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import dspylite
 from dspylite import (
     AdapterParseError,
     BaseCallback,
+    CallCancelledError,
     ChatAdapter,
     JSONAdapter,
     LMServerError,
@@ -27,7 +29,7 @@ from dspylite import (
     bind,
     current_call,
 )
-from dspylite.testing import FakeLM
+from dspylite.testing import FakeLM, FakeServer, Reply
 
 
 @dataclass(frozen=True)
@@ -258,10 +260,10 @@ async def test_cancelled_call_is_told_its_end(recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("raised", [ValueError("broken"), RecursionError(), StopIteration()])
-async def test_raising_callback_is_logged_once_per_event_and_harms_nothing(
+async def test_raising_callback_is_logged_once_per_method_and_harms_nothing(
     raised: Exception, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A tracing outage must never be an outage of the program."""
+    """A tracing outage must be no outage of the program, nor fill its log (B 4.15)."""
 
     class Broken(BaseCallback):
         def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -275,24 +277,41 @@ async def test_raising_callback_is_logged_once_per_event_and_harms_nothing(
         def on_adapter_parse_start(self) -> None:  # type: ignore[override]
             """Takes the wrong arguments, which is a mistake like any other."""
 
+    caplog.set_level(logging.DEBUG, logger="dspylite.runtime.listeners")
     for awaited in (False, True):
         recorder.events.clear()
-        caplog.clear()
         with dspylite.context(callbacks=[Broken(), recorder]):
             program = Outer()
             found = await program.acall() if awaited else program()
         assert found.answer == "a"
         assert recorder.names() == ORDER
-        logged = [record.getMessage() for record in caplog.records]
-        assert logged == [
-            "on_module_start of Broken failed",
-            "on_module_start of Broken failed",
-            "on_lm_end of Broken failed",
-            "on_adapter_parse_start of Broken failed",
-        ]
-        assert all(
-            record.levelno == logging.WARNING and record.exc_info for record in caplog.records
-        )
+    logged = [record for record in caplog.records if "Broken" in record.getMessage()]
+    warned = [each.getMessage() for each in logged if each.levelno == logging.WARNING]
+    assert warned == [
+        f"{method} of Broken failed; further failures of it are logged at DEBUG"
+        for method in ("on_module_start", "on_lm_end", "on_adapter_parse_start")
+    ]
+    assert [each.levelno for each in logged].count(logging.DEBUG) == 8 - 3
+    assert all(each.exc_info for each in logged)
+
+
+def test_broken_callback_of_many_threads_is_logged_once(
+    recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They all meet the first failure at once (B 4.15)."""
+    barrier = threading.Barrier(8, timeout=10)
+
+    class Broken(BaseCallback):
+        def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+            barrier.wait()
+            raise ValueError("broken")
+
+    class Quiet(Module):
+        def forward(self) -> None: ...
+
+    with dspylite.context(callbacks=[Broken()]):
+        Quiet().batch([{}] * 8, num_threads=8)
+    assert len(caplog.records) == 1
 
 
 def test_raising_callback_does_not_hide_the_error_of_the_call() -> None:
@@ -311,6 +330,61 @@ def test_objects_without_any_handler_are_callbacks_too() -> None:
     """All methods are optional."""
     with dspylite.context(callbacks=[object()], lm=FakeLM(default={"answer": "a"})):
         assert Outer()().answer == "a"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), SystemExit(3), CallCancelledError("enough"), GeneratorExit()]
+)
+def test_end_is_told_of_what_is_no_ordinary_error(error: BaseException, recorder: Recorder) -> None:
+    """Ctrl-C and cancellation end a call too (B 4.15)."""
+
+    def leave(_: Any) -> None:
+        raise error
+
+    program = Outer(leave)
+    with pytest.raises(type(error)):
+        program()
+    assert recorder.end_of(recorder.start_of(program)).details["exception"] is error
+
+
+# --- what the end of a model's call tells --------------------------------------------------------
+
+
+def test_end_of_a_models_call_tells_the_whole_response(recorder: Recorder) -> None:
+    """Listeners count tokens and look at finish reasons (B 4.15)."""
+    lm = FakeLM(["hello"])
+    lm("hi")
+    told = recorder.end_of(recorder.starts("lm")[0]).details["outputs"]
+    assert told == ["hello"]
+    assert told.response.usage.calls == 1
+    assert told.response.outputs[0].text == "hello"
+    assert told.response.answered_by == lm.model
+    copied = pickle.loads(pickle.dumps(told))
+    assert (copied, copied.response) == (told, told.response)
+
+
+async def test_cancelled_stream_is_told_the_cancellation() -> None:
+    """A trace shows that nobody read it to its end (B 4.15)."""
+    told: list[Any] = []
+
+    class Heard(BaseCallback):
+        def on_call_left_open(self, call_id: str) -> None:
+            told.append("left open")
+
+        def on_lm_end(
+            self, call_id: str, outputs: Any, exception: BaseException | None = None
+        ) -> None:
+            told.append(exception)
+
+    with FakeServer() as server, dspylite.context(callbacks=[Heard()]):
+        server.script(Reply(chunks=["a "] * 10_000, chunk_delay_s=0.01))
+        lm = dspylite.LM("openai/m", api_base=server.base_url, api_key="none")
+        with anyio.CancelScope() as scope:
+            async with await lm.astream("hi") as stream:
+                async for _ in stream:
+                    scope.cancel()
+    assert told[0] == "left open"
+    assert [type(each) for each in told[1:]] == [anyio.get_cancelled_exc_class()]
 
 
 # --- across threads, tasks and batches -----------------------------------------------------------

@@ -71,6 +71,16 @@ When does shipping of my order start? -> shipping
   outage: the first model's circuit is open
 8 calls answered
 """,
+    "opentelemetry_tracing": "".join(
+        f"""
+Guide (item {item})
+  execute_tool atlas (item {item})
+  ChainOfThought (item {item})
+    Predict (item {item})
+      chat extractive (item {item}, counted its tokens)"""
+        for item in (0, 1)
+    )
+    + "\n",
 }
 
 

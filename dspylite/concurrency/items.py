@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from dspylite.abc import Io
 from dspylite.concurrency.outcome import Outcome
-from dspylite.runtime.calls import SECOND_START, set_item_index
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
 from dspylite.runtime.flow import Both
+from dspylite.runtime.frames import SECOND_START, set_item_index
 from dspylite.runtime.settings import pin
 from dspylite.runtime.tracking import UsageTracker
 

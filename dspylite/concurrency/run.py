@@ -160,7 +160,7 @@ class Run:
         self.flag = Cancellation()
         self._context = carried_context()
         self._parent_tracker: UsageTracker | None = settings.usage_tracker
-        self._pinned = settings.snapshot().values
+        self._pinned = settings.copy()
 
     # -- the beginning of an item ------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from dspylite.models.parameters import check_params, without_userinfo
 from dspylite.models.policies import POLICY_NAMES, Policies
 from dspylite.models.streams import LMStream, WatchedStream
 from dspylite.runtime.budgets import current_budget
-from dspylite.runtime.calls import Observed
+from dspylite.runtime.calls import LMOutputs, Observed
 from dspylite.runtime.cancellation import check_cancelled
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
@@ -41,6 +41,7 @@ from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import (
     Attempt,
     DeltaSource,
+    LMDelta,
     LMOutput,
     LMRequest,
     LMResponse,
@@ -254,7 +255,8 @@ class BaseLM:
                 call.leave_open()
                 return replace(response, stream=_RecordedStream(response, record, call, io))
             response = record.keep(response, io.now() - started)
-            call.outputs = _plain_outputs(response)
+            if call.is_heard:
+                call.outputs = _told_outputs(response)
         return response
 
     def _handler(self, io: Io, request: LMRequest) -> Next:
@@ -556,13 +558,33 @@ class _RecordedStream(WatchedStream):
     def response(self) -> LMResponse:
         return self._signed or super().response
 
+    def call(self) -> LMDelta | None:
+        try:
+            return super().call()
+        except BaseException as error:
+            self._stopped(error)
+            raise
+
+    async def acall(self) -> LMDelta | None:
+        try:
+            return await super().acall()
+        except BaseException as error:
+            self._stopped(error)
+            raise
+
+    def _stopped(self, error: BaseException) -> None:
+        """Tell of a cancellation or Ctrl-C; of a failure, `broke` has told already."""
+        if self._take_end():
+            self._context.run(note_request, self._record.model, "unfinished")
+            self._call.finish(None, error)
+
     def ended(self) -> None:
         if self._take_end():
             signed = self._context.run(self._record.keep, super().response, self._seconds)
             # What failed before it was open is known here alone.
             made = (*self._failed, *signed.attempts[-1:])
             self._signed = replace(signed, attempts=made)
-            self._call.finish(_plain_outputs(self._signed))
+            self._call.finish(_told_outputs(self._signed))
 
     def broke(self, error: Exception) -> None:
         if self._take_end():
@@ -574,7 +596,7 @@ class _RecordedStream(WatchedStream):
     def closed(self) -> None:
         if self._take_end():
             self._context.run(note_request, self._record.model, "unfinished")
-            self._call.finish(_plain_outputs(super().response))
+            self._call.finish(_told_outputs(super().response))
 
     @property
     def _seconds(self) -> float:
@@ -598,6 +620,10 @@ def _accepted(response: LMResponse) -> LMResponse:
 
 def _plain_outputs(response: LMResponse) -> list[str | dict[str, Any]]:
     return [_plain_output(output) for output in response.outputs]
+
+
+def _told_outputs(response: LMResponse) -> LMOutputs:
+    return LMOutputs(_plain_outputs(response), response)
 
 
 def _as_messages(prompt: str | None, messages: Sequence[Message] | None) -> Sequence[Message]:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from dspylite.errors import LMUnexpectedError
-from dspylite.runtime.calls import get_item_index
+from dspylite.runtime.frames import get_item_index
 from dspylite.schema.messages import DeltaSource, LMDelta, LMResponse
 
 

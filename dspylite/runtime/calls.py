@@ -1,33 +1,69 @@
-"""Who called whom: the frame of the current call, and the callbacks told of its start and end.
+"""Who hears of calls: the callbacks, told of the start and the end of each.
 
-Not here: what is counted or recorded of a call (`runtime/tracking.py`).
+Not here: the frame of the current call (`runtime/frames.py`), and what is counted or recorded of a
+call (`runtime/tracking.py`).
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-import logging
 import os
-from collections.abc import Iterable
-from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Token
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ParamSpec, TypeVar, cast
 
+from dspylite.runtime.frames import CURRENT_CALL, ITEM_INDEX, CallFrame, CallKind
+from dspylite.runtime.listeners import tell
 from dspylite.runtime.settings import settings
+from dspylite.schema.messages import LMResponse
 
-logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 
-CallKind = Literal["module", "lm", "adapter_format", "adapter_parse", "tool", "evaluate"]
+
+class LMOutputs(list[str | dict[str, Any]]):
+    """What a language model's call gave its caller, as `on_lm_end` is told it.
+
+    Attributes:
+        response: The whole answer: usage, model, finish reasons, request id, attempts, and whether
+            it came from the cache.
+    """
+
+    __slots__ = ("response",)
+
+    response: LMResponse
+
+    def __init__(self, outputs: Sequence[str | dict[str, Any]], response: LMResponse) -> None:
+        super().__init__(outputs)
+        self.response = response
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Give what makes it anew."""
+        return (LMOutputs, (list(self), self.response))
 
 
 class BaseCallback:
     """Hears of calls. Override what you need; the others do nothing.
 
     Every `..._start` gets the call's id, the object called and its inputs; every `..._end` gets the
-    same id, and what came out or the exception. `current_call()` tells the parent and the batch
-    item. A callback that raises is logged and never harms the call. Callbacks run on the thread or
-    task that makes the call, so they must not block.
+    same id, and what came out or the exception, cancellation and Ctrl-C included. `current_call()`
+    tells the parent and the batch item. A callback that raises is logged, once, and never harms the
+    call. Callbacks run on the thread or task that makes the call, so they must not block.
+
+    Those of the settings are told before those of the object called, each in the order given.
+
+    Example:
+        >>> from dspylite.models.lm import OfflineLM
+        >>> class Tokens(BaseCallback):
+        ...     def on_lm_end(self, call_id, outputs, exception=None):
+        ...         if outputs:
+        ...             print(outputs.response.usage.calls)
+        >>> OfflineLM(callbacks=[Tokens()])("Which is the largest planet?")[0] != ""
+        1
+        True
     """
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -62,49 +98,43 @@ class BaseCallback:
     ) -> None:
         """An answer was read, or could not be."""
 
+    def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        """A tool was called."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallFrame:
-    """One call in progress.
+    def on_tool_end(
+        self, call_id: str, outputs: Any | None, exception: BaseException | None = None
+    ) -> None:
+        """A tool returned or failed."""
 
-    Attributes:
-        call_id: Unique within this process and, in all likelihood, beyond.
-        parent_id: The call that made this one; None at the top.
-        item_index: Place in its batch of the item this call works for; None outside batches.
-    """
+    def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        """An evaluation was begun."""
 
-    call_id: str
-    parent_id: str | None
-    item_index: int | None
+    def on_evaluate_end(
+        self, call_id: str, outputs: Any | None, exception: BaseException | None = None
+    ) -> None:
+        """An evaluation was finished or failed."""
+
+    def on_call_left_open(self, call_id: str) -> None:
+        """A call gave its caller an open stream; its `..._end` comes with the stream's end.
+
+        It is told where the call was made; the end, wherever the stream is ended.
+        """
+
+    def carry(self) -> Mapping[str, str]:
+        """Return what `settings.snapshot()` takes along for `resume`; nothing secret."""
+        return {}
+
+    def resume(self, carried: Mapping[str, str]) -> Callable[[], None] | None:
+        """Go on where `carry` was called, perhaps in another process; return what undoes it.
+
+        It is called at the start of a block of `settings.restore(snapshot)`, and what it returns at
+        the end of that block.
+        """
+        del carried
+        return None
 
 
-_CURRENT: ContextVar[CallFrame | None] = ContextVar("dspylite_call", default=None)
-_ITEM: ContextVar[int | None] = ContextVar("dspylite_item_index", default=None)
 _NUMBERS = itertools.count(1)
-
-
-def current_call() -> CallFrame | None:
-    """Return the innermost call in progress in this context; None outside, or without callbacks."""
-    return _CURRENT.get()
-
-
-def set_item_index(index: int) -> None:
-    """Note which batch item this context works for."""
-    _ITEM.set(index)
-
-
-def get_item_index() -> int | None:
-    """Return which batch item this context works for; None outside batches."""
-    return _ITEM.get()
-
-
-SECOND_START: ContextVar[bool] = ContextVar("dspylite_second_start", default=False)
-"""Whether this context works for an item that was started once more, because it hung."""
-
-
-def is_second_start() -> bool:
-    """Tell whether this context works for an item that was started once more, because it hung."""
-    return SECOND_START.get()
 
 
 class Observed:
@@ -114,6 +144,7 @@ class Observed:
         kind: Which pair of callback methods is called.
         instance: The object called; its own `callbacks` come after those of the settings.
         inputs: What it was called with.
+        method: The method called, if the kind does not say it.
     """
 
     __slots__ = (
@@ -123,14 +154,18 @@ class Observed:
         "_instance",
         "_is_left_open",
         "_kind",
+        "_method",
         "_token",
         "outputs",
     )
 
-    def __init__(self, kind: CallKind, instance: Any, inputs: dict[str, Any]) -> None:
-        self._kind = kind
+    def __init__(
+        self, kind: CallKind, instance: Any, inputs: dict[str, Any], method: str | None = None
+    ) -> None:
+        self._kind: CallKind = kind
         self._instance = instance
         self._inputs = inputs
+        self._method = method
         self._callbacks: tuple[Any, ...] = ()
         self._frame: CallFrame | None = None
         self._token: Token[CallFrame | None] | None = None
@@ -138,16 +173,18 @@ class Observed:
         self.outputs: Any = None
 
     def __enter__(self) -> Observed:
-        own = getattr(self._instance, "callbacks", None) or ()
-        self._callbacks = (*settings.callbacks, *own)
+        self._callbacks = _listeners(self._instance)
         if self._callbacks:
-            parent = _CURRENT.get()
+            parent = CURRENT_CALL.get()
             self._frame = CallFrame(
                 call_id=f"{os.getpid():x}-{next(_NUMBERS):x}-{os.urandom(4).hex()}",
                 parent_id=parent.call_id if parent else None,
-                item_index=_ITEM.get(),
+                item_index=ITEM_INDEX.get(),
+                kind=self._kind,
+                instance=self._instance,
+                method=self._method,
             )
-            self._token = _CURRENT.set(self._frame)
+            self._token = CURRENT_CALL.set(self._frame)
             self._tell("start", instance=self._instance, inputs=self._inputs)
         return self
 
@@ -161,10 +198,17 @@ class Observed:
             return
         if exc is not None or not self._is_left_open:
             self._tell("end", outputs=self.outputs, exception=exc)
+        else:
+            self._tell_all("on_call_left_open")
         try:
-            _CURRENT.reset(self._token)
+            CURRENT_CALL.reset(self._token)
         except ValueError:
             pass  # a generator closed from another context: its frame ended with its own context
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody is told of this call."""
+        return self._frame is not None
 
     def leave_open(self) -> None:
         """Let the end of the block not be the end of the call; that is told by `finish`."""
@@ -175,17 +219,139 @@ class Observed:
         self._tell("end", outputs=outputs, exception=exception)
 
     def _tell(self, moment: str, **details: Any) -> None:
-        if self._frame is None:
-            return
-        _tell_all(self._callbacks, f"on_{self._kind}_{moment}", self._frame.call_id, details)
+        if self._frame is not None:
+            self._tell_all(f"on_{self._kind}_{moment}", **details)
+
+    def _tell_all(self, method: str, **details: Any) -> None:
+        if self._frame is not None:
+            for callback in self._callbacks:
+                tell(callback, method, call_id=self._frame.call_id, **details)
 
 
-def _tell_all(callbacks: Iterable[Any], method: str, call_id: str, details: dict[str, Any]) -> None:
-    for callback in callbacks:
-        handler = getattr(callback, method, None)
-        if handler is None:
-            continue
+def _listeners(instance: Any) -> tuple[Any, ...]:
+    return (*settings.callbacks, *(getattr(instance, "callbacks", None) or ()))
+
+
+# --- Methods of users' own classes ---------------------------------------------------------------
+
+_KINDS: Mapping[Any, CallKind] = {
+    "module": "module",
+    "predictor": "module",
+    "lm": "lm",
+    "tool": "tool",
+    "evaluate": "evaluate",
+}
+_ADAPTER_KINDS: Mapping[str, CallKind] = {"format": "adapter_format", "parse": "adapter_parse"}
+_OURS = frozenset({"module", "predictor"})
+_DOORS = frozenset({"__call__", "acall", "plan"})
+_BODIES: Mapping[CallKind, frozenset[str]] = {
+    "module": frozenset({"forward", "aforward"}),
+    "lm": frozenset({"forward", "aforward"}),
+    "adapter_format": frozenset({"format"}),
+    "adapter_parse": frozenset({"parse"}),
+}
+"""Methods that a call reports already when it runs them."""
+
+
+def with_callbacks(fn: Callable[P, R]) -> Callable[P, R]:
+    """Make callbacks hear of a method of a class of your own, sync or async.
+
+    They are told of a call of the kind that the instance's `kind` names (`"module"`, `"lm"`,
+    `"tool"`, `"evaluate"`), of `format` and `parse` of an adapter, else of a module's; with the
+    inputs by name. Modules, models and adapters report their calls themselves, so on the methods by
+    which they are called it changes nothing.
+
+    Example:
+        >>> class Search:
+        ...     kind = "tool"
+        ...
+        ...     @with_callbacks
+        ...     def __call__(self, query: str, limit: int = 3) -> list[str]:
+        ...         return [query] * limit
+        >>> class Printed(BaseCallback):
+        ...     def on_tool_start(self, call_id, instance, inputs):
+        ...         print(inputs)
+        >>> with settings.context(callbacks=[Printed()]):
+        ...     len(Search()("planets"))
+        {'query': 'planets', 'limit': 3}
+        3
+    """
+    signature = inspect.signature(fn)
+    name = getattr(fn, "__name__", "")
+
+    def span_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observed | None:
+        """Return the span of a call; None where nobody listens, or it is reported already."""
+        if not args or not _listeners(args[0]):
+            return None
+        kind = _kind_of(args[0], name)
+        if _reports_itself(args[0], kind, name):
+            return None
         try:
-            handler(call_id=call_id, **details)
-        except Exception:  # reported here; a listener must never harm the call it listens to
-            logger.warning("%s of %s failed", method, type(callback).__name__, exc_info=True)
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return None  # the call itself will say so
+        bound.apply_defaults()
+        return Observed(kind, args[0], _by_name(bound), name)
+
+    if inspect.iscoroutinefunction(fn):
+
+        @functools.wraps(fn)
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
+            span = span_of(args, kwargs)
+            if span is None:
+                return await fn(*args, **kwargs)
+            with span as call:
+                call.outputs = await fn(*args, **kwargs)
+            return call.outputs
+
+        return cast("Callable[P, R]", awaited)
+
+    @functools.wraps(fn)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        span = span_of(args, kwargs)
+        if span is None:
+            return fn(*args, **kwargs)
+        with span as call:
+            result = call.outputs = fn(*args, **kwargs)
+        return result
+
+    return called
+
+
+def _kind_of(instance: Any, method: str) -> CallKind:
+    named = _KINDS.get(getattr(instance, "kind", None))
+    if named is not None:
+        return named
+    if hasattr(instance, "format") and hasattr(instance, "parse"):
+        return _ADAPTER_KINDS.get(method, "module")
+    return "lm" if _is_lm(type(instance)) else "module"
+
+
+def _is_lm(cls: type) -> bool:
+    # `isinstance` would read the properties of the protocol, and one of them loads litellm.
+    return hasattr(cls, "plan") and hasattr(cls, "capabilities")
+
+
+def _reports_itself(instance: Any, kind: CallKind, method: str) -> bool:
+    is_ours = getattr(instance, "kind", None) in _OURS or _is_lm(type(instance))
+    if method in _DOORS and is_ours:
+        return True
+    frame = CURRENT_CALL.get()
+    return (
+        frame is not None
+        and frame.instance is instance
+        and frame.kind == kind
+        and method in _BODIES.get(kind, ())
+    )
+
+
+def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Give the arguments but the first, those of `**kwargs` under their own names."""
+    inputs: dict[str, Any] = {}
+    for name, parameter in list(bound.signature.parameters.items())[1:]:
+        value = bound.arguments[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            inputs.update(value)
+        else:
+            inputs[name] = value
+    return inputs

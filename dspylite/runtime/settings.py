@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from inspect import iscoroutinefunction
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack, overload
 
 from dspylite.abc import Adapter, LanguageModel
 from dspylite.errors import SettingsError, nearest
+from dspylite.runtime.frames import CURRENT_CALL, ITEM_INDEX, CallFrame
+from dspylite.runtime.listeners import tell
 
 T = TypeVar("T")
 
@@ -297,12 +299,32 @@ class Settings:
         return Overlay(_checked(changes))
 
     def snapshot(self) -> Snapshot:
-        """Return all settings as they are here and now, for work that starts later or elsewhere."""
-        return Snapshot(values=self.copy())
+        """Return all settings as they are here and now, for work that starts later or elsewhere.
+
+        It knows the call in progress too: calls made after `restore` have that one as their parent,
+        in whatever thread or process.
+        """
+        values = self.copy()
+        carried: dict[str, str] = {}
+        for callback in values["callbacks"]:
+            found = tell(callback, "carry")
+            if isinstance(found, Mapping):
+                carried.update(found)
+        frame = CURRENT_CALL.get()
+        return Snapshot(
+            values=values,
+            frame=frame and replace(frame, instance=None),
+            item_index=ITEM_INDEX.get(),
+            carried=carried,
+        )
 
     def restore(self, snapshot: Snapshot) -> Overlay:
-        """Use a snapshot for a block: every key has the snapshot's value there."""
-        return Overlay({**_DEFAULTS, **snapshot.values})
+        """Use a snapshot for a block, which is to the settings and callbacks as if it were there.
+
+        Every key has the snapshot's value, and calls belong to the call and the batch item in which
+        the snapshot was taken.
+        """
+        return _Restored(snapshot)
 
     def copy(self) -> dict[str, Any]:
         """Return all settings as a new dict."""
@@ -360,25 +382,38 @@ def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """All settings of one moment, whole.
+    """All settings of one moment, whole, and the call in progress then.
 
     What belongs to the process that took it (`trace`, `usage_tracker`, `budget`) does not travel in
     a pickle.
 
     Attributes:
         values: Every key with its value.
+        frame: The call in progress; None outside, or without callbacks.
+        item_index: The batch item worked for; None outside batches.
+        carried: What callbacks took along, such as the name of a trace.
     """
 
     values: Mapping[str, Any]
+    frame: CallFrame | None = None
+    item_index: int | None = None
+    carried: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only its own process can use."""
         stays = {"trace", "usage_tracker", "budget"}
-        return {name: value for name, value in self.values.items() if name not in stays}
+        return {
+            "values": {name: value for name, value in self.values.items() if name not in stays},
+            "frame": self.frame,
+            "item_index": self.item_index,
+            "carried": dict(self.carried),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in what did not travel."""
-        object.__setattr__(self, "values", {**_DEFAULTS, **state})
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "values", {**_DEFAULTS, **state["values"]})
 
 
 class Overlay:
@@ -416,6 +451,45 @@ class Overlay:
                 pass  # left in another context: the overlay ended with the context it was set in
 
 
+class _Restored(Overlay):
+    """The block of a snapshot: its settings, its call, its batch item."""
+
+    __slots__ = ("_frame", "_index", "_snapshot", "_undo")
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__({**_DEFAULTS, **snapshot.values})
+        self._snapshot = snapshot
+        self._frame: Token[CallFrame | None] | None = None
+        self._index: Token[int | None] | None = None
+        self._undo: list[Any] = []
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._frame = CURRENT_CALL.set(self._snapshot.frame)
+        self._index = ITEM_INDEX.set(self._snapshot.item_index)
+        for callback in self._snapshot.values["callbacks"]:
+            self._undo.append(tell(callback, "resume", self._snapshot.carried))
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._undo:
+            undo = self._undo.pop()
+            if callable(undo):
+                tell(undo, "__call__")
+        try:
+            if self._index is not None and self._frame is not None:
+                ITEM_INDEX.reset(self._index)
+                CURRENT_CALL.reset(self._frame)
+        except ValueError:
+            pass  # left in another context, as `Overlay` bears it too
+        self._index = self._frame = None
+        super().__exit__(exc_type, exc, traceback)
+
+
 def overlay() -> Mapping[str, Any] | None:
     """Return what the blocks around here have changed, as `pin` takes it."""
     return _OVERLAY.get()
@@ -433,6 +507,15 @@ def pin(values: Mapping[str, Any] | None) -> None:
 def overlay_with(**values: Any) -> Overlay:
     """Like `context`, for values that need no check; the package's own use."""
     return Overlay(values)
+
+
+def change_callbacks(*, add: Sequence[Any] = (), remove: Sequence[Any] = ()) -> None:
+    """Add callbacks to the process default and take others out, leaving the rest as it is."""
+    global _process  # noqa: PLW0603  # as in `configure`
+    gone = {id(callback) for callback in remove}
+    with _CONFIGURE_LOCK:
+        kept = [each for each in _process.get("callbacks", ()) if id(each) not in gone]
+        _process = {**_process, "callbacks": (*kept, *add)}
 
 
 settings = Settings()

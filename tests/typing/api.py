@@ -14,6 +14,7 @@ from typing import Any, TextIO, assert_type
 
 import dspylite as dspy
 from dspylite.abc import Io, Next
+from dspylite.integrations.opentelemetry import OpenTelemetryCallback, instrument
 from dspylite.runtime.history import HistoryEntry
 from dspylite.testing import (
     DummyLM,
@@ -522,3 +523,40 @@ def fakes_fit_where_models_go(make: Callable[..., Awaitable[str]]) -> None:
     dspy.configure(lm=FakeLM())
     dspy.Predict(QA).lm = FakeLM()
     assert_type(dspy.syncify(make)(), str)
+
+
+# --- Callbacks -----------------------------------------------------------------------------------
+
+
+class Counter(dspy.BaseCallback):
+    def on_lm_end(
+        self, call_id: str, outputs: object, exception: BaseException | None = None
+    ) -> None:
+        if isinstance(outputs, dspy.LMOutputs):
+            assert_type(outputs.response, dspy.LMResponse)
+
+
+class Tool:
+    @dspy.with_callbacks
+    def __call__(self, query: str, limit: int = 3) -> list[str]:
+        return [query] * limit
+
+    @dspy.with_callbacks
+    async def ask(self, query: str) -> str:
+        return query
+
+
+async def listened_to(tool: Tool) -> None:
+    assert_type(tool("x", limit=2), list[str])
+    assert_type(await tool.ask("x"), str)
+    if (frame := dspy.current_call()) is not None:
+        assert_type(frame.parent_id, str | None)
+    with dspy.context(callbacks=[Counter()]):
+        dspy.settings.snapshot()
+
+
+def traced() -> None:
+    with instrument(capture_content=True, max_content_chars=1_000) as tracing:
+        assert_type(tracing.callback, OpenTelemetryCallback)
+    tracing.undo()
+    dspy.configure(callbacks=[OpenTelemetryCallback(adapters=True, max_open_calls=100)])

@@ -17,7 +17,7 @@ from dspylite.models.cache.keys import describe
 from dspylite.models.cache.rows import own_copy
 from dspylite.models.middleware import Place
 from dspylite.models.streams import WatchedStream
-from dspylite.runtime.calls import is_second_start
+from dspylite.runtime.frames import is_second_start
 from dspylite.runtime.settings import settings
 from dspylite.schema.messages import (
     Attempt,
