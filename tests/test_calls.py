@@ -508,3 +508,25 @@ def test_no_index_is_left_behind_by_a_batch(recorder: Recorder) -> None:
     recorder.events.clear()
     program()
     assert {event.item_index for event in recorder.events} == {None}
+
+
+def test_a_failure_within_a_handled_one_does_not_tell_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is dealt with at that moment may quote an answer, and is not the listener's doing."""
+
+    class Echo(dspylite.Module):
+        def forward(self, text: str) -> str:
+            return text
+
+    class Broken(BaseCallback):
+        def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+            raise KeyError("of the listener") from ValueError("its cause")
+
+    try:
+        raise ValueError("an answer's text")
+    except ValueError:
+        assert Echo(callbacks=[Broken()])(text="hi") == "hi"
+    assert "of the listener" in caplog.text
+    assert "its cause" in caplog.text
+    assert "an answer's text" not in caplog.text

@@ -6,43 +6,39 @@ Not here: the engines, and the policies of the chain (`models/middleware.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextvars import copy_context
 from dataclasses import replace
-from functools import partial
-from typing import Any, ClassVar, Literal, Self, TextIO, cast
+from typing import Any, ClassVar, Literal, Self, TextIO
 
 from dspylite.abc import Engine, Io, Middleware, Next
-from dspylite.errors import LMConfigurationError, LMError
+from dspylite.errors import LMConfigurationError
 from dspylite.models.answers import read_chat_response
 from dspylite.models.breaker import CircuitBreaker, Health
 from dspylite.models.endpoints import endpoint_id
 from dspylite.models.fallback import Fallback
 from dspylite.models.knowledge import Price, checked_price
 from dspylite.models.middleware import (
-    Place,
     chain,
-    failed_attempt,
     in_order,
-    successful_attempt,
 )
 from dspylite.models.parameters import check_params, without_userinfo
 from dspylite.models.policies import POLICY_NAMES, Policies
-from dspylite.models.streams import LMStream, WatchedStream
-from dspylite.runtime.budgets import current_budget
-from dspylite.runtime.calls import LMOutputs, Observed
+from dspylite.models.recording import (
+    BudgetCheck,
+    Record,
+    RecordedStream,
+    plain_outputs,
+    told_outputs,
+)
+from dspylite.models.streams import LMStream
+from dspylite.runtime.calls import Observed
 from dspylite.runtime.cancellation import check_cancelled
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
-from dspylite.runtime.history import GLOBAL_HISTORY, History, keep_call
+from dspylite.runtime.history import History
 from dspylite.runtime.inspection import pretty_print_history
 from dspylite.runtime.settings import check_deadline, settings
-from dspylite.runtime.tracking import note_request
 from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import (
-    Attempt,
-    DeltaSource,
-    LMDelta,
-    LMOutput,
     LMRequest,
     LMResponse,
     Message,
@@ -240,7 +236,7 @@ class BaseLM:
             cache=params.get("cache", self.cache),
             rollout_id=params.get("rollout_id", self.kwargs.get("rollout_id")),
         )
-        record = _Record(self, request)
+        record = Record(self, request)
         with (
             Deadline(
                 settings.deadline_s
@@ -253,10 +249,10 @@ class BaseLM:
             response = await self._handler(io, request)(request)
             if response.stream is not None:
                 call.leave_open()
-                return replace(response, stream=_RecordedStream(response, record, call, io))
+                return replace(response, stream=RecordedStream(response, record, call, io))
             response = record.keep(response, io.now() - started)
             if call.is_heard:
-                call.outputs = _told_outputs(response)
+                call.outputs = told_outputs(response)
         return response
 
     def _handler(self, io: Io, request: LMRequest) -> Next:
@@ -272,7 +268,7 @@ class BaseLM:
         return made
 
     def _chain(self, middleware: tuple[Middleware, ...], engine: Engine, io: Io) -> Next:
-        return chain(in_order([*middleware, _BudgetCheck(self)]), engine, io)
+        return chain(in_order([*middleware, BudgetCheck(self)]), engine, io)
 
     def _as_sent(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return the messages in the form that the model wants them."""
@@ -359,7 +355,7 @@ class BaseLM:
             LMError: The call failed.
         """
         plan = self.plan(BLOCKING, _as_messages(prompt, messages), kwargs)
-        return _plain_outputs(_accepted(run_flow(plan)))
+        return plain_outputs(_accepted(run_flow(plan)))
 
     async def acall(
         self,
@@ -369,7 +365,7 @@ class BaseLM:
     ) -> list[str | dict[str, Any]]:
         """Ask the model and await it; otherwise as `__call__`."""
         response = await self.plan(ASYNC, _as_messages(prompt, messages), kwargs)
-        return _plain_outputs(_accepted(response))
+        return plain_outputs(_accepted(response))
 
     def inspect_history(self, n: int = 1, file: TextIO | None = None) -> None:
         """Print the last `n` calls of this LM; otherwise as `dspylite.inspect_history`."""
@@ -464,166 +460,11 @@ class _Forward:
         return read_chat_response(answer, model=request.model)
 
 
-class _BudgetCheck:
-    """Refuses a call that takes a request, if a budget around it is spent."""
-
-    __slots__ = ("_lm",)
-
-    place: ClassVar[Place] = "budget"
-
-    def __init__(self, lm: BaseLM) -> None:
-        self._lm = lm
-
-    async def handle(self, request: LMRequest, call_next: Next, io: Io) -> LMResponse:
-        spending = current_budget()
-        if spending is not None:
-            if spending.limits_money:
-                spending.check(await io.any(partial(self._lm.price, look_up=True)))
-            else:
-                spending.check()
-        return await call_next(request)
-
-
-class _Record:
-    """What is noted of one call when it is answered, or has failed."""
-
-    __slots__ = ("_budget", "_lm", "_request")
-
-    def __init__(self, lm: BaseLM, request: LMRequest) -> None:
-        self._lm = lm
-        self._request = request
-        self._budget = current_budget()
-
-    @property
-    def model(self) -> str:
-        """Who was asked."""
-        return self._lm.model
-
-    def last_attempt(self, error: LMError, seconds: float) -> tuple[Attempt, ...]:
-        """Return how the stream that broke is noted."""
-        return error.attempts[-1:] or (failed_attempt(self._request, error, seconds),)
-
-    def _cost(self, response: LMResponse) -> float | None:
-        """Return what an answer cost, if that is known without loading a table."""
-        price = self._lm.price(look_up=False)
-        if price is None or (price.is_charged and not response.usage.total_tokens):
-            return None  # where the server counted nothing, that is not known to cost nothing
-        return price.of(response.usage)
-
-    def keep(self, response: LMResponse, seconds: float) -> LMResponse:
-        """Sign, count and keep an answered call; return it signed."""
-        is_counted = bool(response.answered_by)  # by the fallback that answered
-        if not is_counted:
-            made = response.attempts or (successful_attempt(self._request, response, seconds),)
-            response = replace(response, answered_by=self._lm.model, attempts=made)
-            if self._budget is not None and not response.cached:
-                price = self._lm.price(look_up=self._budget.limits_money)
-                self._budget.add(
-                    response.usage, None if price is None else price.of(response.usage)
-                )
-        tracker = settings.usage_tracker
-        if tracker is not None and not is_counted:
-            tracker.add(self._lm.model, response.usage, self._lm.cost_of)
-        keep_call(
-            model=self._lm.model,
-            model_type=self._lm.model_type,
-            messages=self._request.messages,
-            params=self._request.params,
-            response=response,
-            outputs=_plain_outputs(response),
-            cost=None if is_counted else self._cost(response),
-            seconds=seconds,
-            histories=(self._lm.history,) if is_counted else (self._lm.history, GLOBAL_HISTORY),
-            is_kept=is_counted,
-        )
-        return response
-
-
-class _RecordedStream(WatchedStream):
-    """A stream that is counted and kept when it has ended."""
-
-    def __init__(self, opened: LMResponse, record: _Record, call: Observed, io: Io) -> None:
-        super().__init__(cast("DeltaSource", opened.stream))
-        self._failed = tuple(made for made in opened.attempts if made.error is not None)
-        self._record = record
-        # It is counted for those who opened it, in whatever thread or task it is read.
-        self._context = copy_context()
-        self._call = call
-        self._io = io
-        self._started = io.now()
-        self._signed: LMResponse | None = None
-        self._ends = [True]
-
-    @property
-    def response(self) -> LMResponse:
-        return self._signed or super().response
-
-    def call(self) -> LMDelta | None:
-        try:
-            return super().call()
-        except BaseException as error:
-            self._stopped(error)
-            raise
-
-    async def acall(self) -> LMDelta | None:
-        try:
-            return await super().acall()
-        except BaseException as error:
-            self._stopped(error)
-            raise
-
-    def _stopped(self, error: BaseException) -> None:
-        """Tell of a cancellation or Ctrl-C; of a failure, `broke` has told already."""
-        if self._take_end():
-            self._context.run(note_request, self._record.model, "unfinished")
-            self._call.finish(None, error)
-
-    def ended(self) -> None:
-        if self._take_end():
-            signed = self._context.run(self._record.keep, super().response, self._seconds)
-            # What failed before it was open is known here alone.
-            made = (*self._failed, *signed.attempts[-1:])
-            self._signed = replace(signed, attempts=made)
-            self._call.finish(_told_outputs(self._signed))
-
-    def broke(self, error: Exception) -> None:
-        if self._take_end():
-            self._context.run(note_request, self._record.model, "failed")
-            if isinstance(error, LMError):
-                error.attempts = (*self._failed, *self._record.last_attempt(error, self._seconds))
-            self._call.finish(None, error)
-
-    def closed(self) -> None:
-        if self._take_end():
-            self._context.run(note_request, self._record.model, "unfinished")
-            self._call.finish(_told_outputs(super().response))
-
-    @property
-    def _seconds(self) -> float:
-        return self._io.now() - self._started
-
-    def _take_end(self) -> bool:
-        """Tell the first of several ends from the others; `pop` needs no lock for that."""
-        try:
-            self._ends.pop()
-        except IndexError:
-            return False
-        return True
-
-
 def _accepted(response: LMResponse) -> LMResponse:
     """Accept an answer whose reader takes it as it is."""
     if response.verdict is not None:
         response.verdict.accept()
     return response
-
-
-def _plain_outputs(response: LMResponse) -> list[str | dict[str, Any]]:
-    return [_plain_output(output) for output in response.outputs]
-
-
-def _told_outputs(response: LMResponse) -> LMOutputs:
-    return LMOutputs(_plain_outputs(response), response)
 
 
 def _as_messages(prompt: str | None, messages: Sequence[Message] | None) -> Sequence[Message]:
@@ -632,14 +473,3 @@ def _as_messages(prompt: str | None, messages: Sequence[Message] | None) -> Sequ
     if prompt is None:
         raise LMConfigurationError("An LM needs a prompt: `lm('...')` or `lm(messages=[...])`.")
     return [{"role": "user", "content": prompt}]
-
-
-def _plain_output(output: LMOutput) -> str | dict[str, Any]:
-    if not output.reasoning and not output.tool_calls:
-        return output.text
-    plain: dict[str, Any] = {"text": output.text}
-    if output.reasoning:
-        plain["reasoning_content"] = output.reasoning
-    if output.tool_calls:
-        plain["tool_calls"] = [dict(call) for call in output.tool_calls]
-    return plain

@@ -6,6 +6,7 @@ Not here: what they are told, and when (`runtime/calls.py`).
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from typing import Any
 
@@ -24,9 +25,11 @@ def tell(listener: Any, method: str, /, *args: Any, **details: Any) -> Any:
     handler = getattr(listener, method, None)
     if handler is None:
         return None
+    handled = sys.exception()
     try:
         return handler(*args, **details)
-    except Exception:  # reported here; a listener must never harm the call it listens to
+    except Exception as error:  # reported here; a listener must never harm the call it listens to
+        _part_from(error, handled)
         is_first = _is_first_failure(type(listener), method)
         logger.log(
             logging.WARNING if is_first else logging.DEBUG,
@@ -37,6 +40,15 @@ def tell(listener: Any, method: str, /, *args: Any, **details: Any) -> Any:
             exc_info=True,
         )
         return None
+
+
+def _part_from(error: BaseException, handled: BaseException | None) -> None:
+    """Leave out of a traceback what was being dealt with anyway, whose text may quote an answer."""
+    while error.__context__ is not None:
+        if error.__context__ is handled:
+            error.__context__ = None
+            return
+        error = error.__context__
 
 
 def _is_first_failure(cls: type, method: str) -> bool:
