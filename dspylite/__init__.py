@@ -69,6 +69,7 @@ from dspylite.runtime.budgets import budget
 from dspylite.runtime.calls import BaseCallback, LMOutputs, with_callbacks
 from dspylite.runtime.cancellation import check_cancelled
 from dspylite.runtime.frames import current_call
+from dspylite.runtime.history import HistoryEntry
 from dspylite.runtime.inspection import inspect_history
 from dspylite.runtime.settings import SettingsWarning, configure, context, settings
 from dspylite.runtime.threads import (
@@ -77,7 +78,7 @@ from dspylite.runtime.threads import (
     bind_iter,
     propagate_to_threads,
 )
-from dspylite.runtime.tracking import track_usage
+from dspylite.runtime.tracking import CallCounts, UsageTracker, track_usage
 from dspylite.schema.messages import Attempt, LMDelta, LMRequest, LMResponse, Usage
 from dspylite.schema.records import Completions, Example, Prediction
 from dspylite.schema.signature import (
@@ -121,6 +122,7 @@ __all__ = [
     "Cache",
     "CacheStats",
     "CallCancelledError",
+    "CallCounts",
     "ChainOfThought",
     "ChatAdapter",
     "CircuitBreaker",
@@ -139,6 +141,7 @@ __all__ = [
     "Fallback",
     "FlowError",
     "Health",
+    "HistoryEntry",
     "InputField",
     "InputFieldError",
     "ItemSkippedError",
@@ -180,6 +183,7 @@ __all__ = [
     "ThreadPoolExecutor",
     "TruncatedError",
     "Usage",
+    "UsageTracker",
     "asyncify",
     "bind",
     "bind_iter",

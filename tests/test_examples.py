@@ -71,6 +71,11 @@ When does shipping of my order start? -> shipping
   outage: the first model's circuit is open
 8 calls answered
 """,
+    "caching": """
+20 at once: 1 asked, 19 not, NUMBER tokens, 1 requests in all
+next time: 0 asked, 1 not, NUMBER tokens, 1 requests in all
+once more: 1 asked, 0 not, NUMBER tokens, 2 requests in all
+""",
     "opentelemetry_tracing": "".join(
         f"""
 Guide (item {item})
