@@ -1,7 +1,7 @@
 """Work that is paid once: equal calls share an answer, which outlives the process; all is counted.
 
 The model server is a fake on this machine, so that it runs without a key, and the cache is in a
-folder of its own; replace the server's address by that of your own, and leave `configure_cache` out.
+folder of its own. Replace the server's address by yours, and leave `configure_cache` out.
 """
 
 import tempfile
