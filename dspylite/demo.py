@@ -178,7 +178,8 @@ def _language_model() -> LanguageModel:
     model = os.environ.get("DSPYLITE_MODEL")
     if not model:
         return OfflineLM()
-    return LM(model, api_base=os.environ.get("DSPYLITE_API_BASE"), temperature=0.0)
+    # Each of the four ways asks; from the cache, three of them would not.
+    return LM(model, api_base=os.environ.get("DSPYLITE_API_BASE"), temperature=0.0, cache=False)
 
 
 def _ways(
