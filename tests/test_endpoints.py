@@ -67,11 +67,11 @@ def test_many_threads_get_the_same_thing() -> None:
 def test_things_are_remembered_for_the_next_lm() -> None:
     """A handler that makes an LM for each request must still know the limits (B 4.5)."""
     lm = dspy.LM("openai/m", api_base="http://x.invalid/v1", rpm=6)
-    first = weakref.ref(lm.middleware[1])
+    first = weakref.ref(lm.middleware[2])
     del lm
     gc.collect()
     again = dspy.LM("openai/m", api_base="http://x.invalid/v1", rpm=6)
-    assert again.middleware[1] is first()
+    assert again.middleware[2] is first()
 
 
 def test_memory_is_bounded_and_what_is_in_use_is_never_forgotten(

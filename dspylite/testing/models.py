@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from dspylite.abc import Engine, Io, Middleware, Next
 from dspylite.adapters.base import BaseAdapter
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.models.base import BaseLM
 from dspylite.models.embedder import Embedder
+from dspylite.models.middleware import Place
 from dspylite.models.offline.engine import respond
 from dspylite.models.offline.hashing import hash_embedding
 from dspylite.runtime.gates import Pass, wake
@@ -88,6 +89,8 @@ class _Door:
 
 class _HoldAtDoor:
     """The middleware that makes a caller wait at the door."""
+
+    place: ClassVar[Place] = "attempt"
 
     def __init__(self, door: _Door) -> None:
         self._door = door
