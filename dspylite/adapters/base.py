@@ -53,13 +53,16 @@ def section(name: str, text: str) -> str:
 
 
 def repair_turn(answer: str, error: AdapterParseError) -> list[Message]:
-    """Write what a model is told when its answer cannot be read: that answer, and what is wrong."""
+    """Write what a model is told when its answer cannot be read: that answer, and what is wrong.
+
+    What is wrong may quote the answer, so it is escaped like any other data.
+    """
     return [
-        {"role": "assistant", "content": answer or "(no text)"},
+        {"role": "assistant", "content": answer if answer.strip() else "(no text)"},
         {
             "role": "user",
             "content": (
-                f"This answer cannot be read: {error.message}\n"
+                f"This answer cannot be read: {fence(error.message)}\n"
                 "Answer once more, in full and in exactly the form asked for above."
             ),
         },

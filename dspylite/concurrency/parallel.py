@@ -30,7 +30,7 @@ from dspylite.errors import (
     InputFieldError,
     SettingsError,
 )
-from dspylite.runtime.loops import is_in_notebook, running_library
+from dspylite.runtime.loops import is_in_notebook, running_library, standing_still
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.threads import is_async
 from dspylite.schema.records import Example
@@ -201,7 +201,8 @@ class Parallel:
         width = self._width()
         crew = Crew(width, _ROOM * width)
         bar = self._bar(items)
-        run = self._run(items, self._item_as_job(program), bar, hand_out=crew.hand_out)
+        with standing_still():  # as a notebook's does
+            run = self._run(items, self._item_as_job(program), bar, hand_out=crew.hand_out)
         return self._outcomes(run, crew, bar)
 
     def aeach(
@@ -242,7 +243,7 @@ class Parallel:
     def _over(self, items: object, as_job: _AsJob) -> Any:
         checked = self._check_items(items)
         _refuse_running_loop("acall` or `abatch")
-        with self._bar(checked) as bar:
+        with standing_still(), self._bar(checked) as bar:
             run = self._run(checked, as_job, bar)
             try:
                 Crew(self._width()).work(run)

@@ -233,7 +233,7 @@ class BaseLM:
             params=merged,
             asked=params,
             stream=stream,
-            cache=params.get("cache", self.cache),
+            cache=self.cache if params.get("cache") is None else params["cache"],
             rollout_id=params.get("rollout_id", self.kwargs.get("rollout_id")),
         )
         record = Record(self, request)

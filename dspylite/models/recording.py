@@ -107,7 +107,9 @@ class Record:
                 )
         tracker = settings.usage_tracker
         if tracker is not None and not is_counted:
-            tracker.add(self._lm.model, response.usage, self._lm.cost_of)
+            price = self._lm.price(look_up=False)  # another LM of this name may have another one
+            cost = self._lm.cost_of if price is None else price.of(response.usage)
+            tracker.add(self._lm.model, response.usage, cost)
         keep_call(
             model=self._lm.model,
             model_type=self._lm.model_type,

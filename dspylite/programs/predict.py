@@ -204,7 +204,9 @@ class Predict(Typed[P, S]):
         )
         own = self.lm if overrides.get("lm") is None else overrides["lm"]
         lm = _usable(settings.lm if own is None else own)
-        params = {**self.config, **_usable_config(overrides.get("config"))}
+        # Checked once more, because `config` is an attribute that anybody may set.
+        params = _usable_config({**self.config, **_usable_config(overrides.get("config"))})
+        parse_retries = params.pop("parse_retries", None)
         if (params.get("n") or 1) > 1:
             temperature = params.get("temperature", lm.default_temperature)
             if temperature is None or temperature <= 0.15:
@@ -215,7 +217,7 @@ class Predict(Typed[P, S]):
             inputs=inputs,
             lm=lm,
             params=params,
-            parse_retries=_usable_retries(params.pop("parse_retries", None)),
+            parse_retries=settings.parse_retries if parse_retries is None else parse_retries,
             deadline_s=check_deadline("deadline_s", overrides.get("deadline_s")),
         )
 
@@ -485,17 +487,15 @@ def _usable_config(config: Any) -> dict[str, Any]:
                 f"`{name}` is no request parameter: set `predict.{name} = ...`, or pass it to the "
                 "call itself."
             )
-    return dict(config or {})
-
-
-def _usable_retries(given: Any) -> int:
-    if given is None:
-        return settings.parse_retries
-    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+    usable = dict(config or {})
+    retries = usable.get("parse_retries")
+    if retries is not None and (
+        isinstance(retries, bool) or not isinstance(retries, int) or retries < 0
+    ):
         raise InputFieldError(
-            f"`parse_retries` must be a whole number of at least 0, not {given!r}."
+            f"`parse_retries` must be a whole number of at least 0, not {retries!r}."
         )
-    return given
+    return usable
 
 
 def _usable_demos(demos: Any) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from dspylite.errors import CallCancelledError
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
-from dspylite.runtime.loops import load_thread_loops, running_library
+from dspylite.runtime.loops import load_thread_loops, running_library, standing_still
 from dspylite.runtime.threads import carried_context
 
 P = ParamSpec("P")
@@ -34,7 +34,8 @@ def call_async(fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwar
     run = load_thread_loops().run_on_thread_loop
     if running_library() is None:
         return cast("T", run(call))
-    return cast("T", _await_helper(partial(run, call), None))
+    with standing_still():
+        return cast("T", _await_helper(partial(run, call), None))
 
 
 def call_within(seconds: float, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

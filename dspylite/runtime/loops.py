@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Coroutine
-from contextvars import copy_context
+import threading
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from typing import Any, cast
 
 from anyio.lowlevel import current_token
@@ -58,6 +60,26 @@ def running_library() -> str | None:
         else:
             return "asyncio"
     return "trio" if in_trio_run is not None and in_trio_run() else None
+
+
+STANDING_STILL: ContextVar[frozenset[int]] = ContextVar(
+    "dspylite_standing_still", default=frozenset()
+)
+"""Threads whose event loops stand still until the work of this context is done: whoever waits for
+one of their tasks would wait for ever."""
+
+
+@contextmanager
+def standing_still() -> Generator[None, None, None]:
+    """Let the work started in the block know that this thread's loop, if one runs, waits for it."""
+    if running_library() is None:
+        yield
+        return
+    token = STANDING_STILL.set(STANDING_STILL.get() | {threading.get_ident()})
+    try:
+        yield
+    finally:
+        STANDING_STILL.reset(token)
 
 
 def start_task(plan: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -53,21 +53,26 @@ class UsageTracker:
         self._parent = parent
         self._by_model: dict[str, Usage] = {}
         self._events: Counter[tuple[str, Event]] = Counter()
-        self._costs: dict[str, Cost] = {}
-        self._lock = threading.Lock()  # guards the three; nothing is called while it is held
+        self._cost_usd = 0.0
+        self._to_be_priced: dict[str, tuple[Usage, Cost | None]] = {}
+        self._lock = threading.Lock()  # guards the four; nothing is called while it is held
 
-    def add(self, model: str, usage: Usage, cost: Cost | None = None) -> None:
+    def add(self, model: str, usage: Usage, cost: float | Cost | None = None) -> None:
         """Count one answered call.
 
         Args:
             model: Who answered.
             usage: Its tokens.
-            cost: Tells what this model's tokens cost; None where nobody knows.
+            cost: US dollars, or what tells those of this model's tokens when they are asked for;
+                None where nobody knows.
         """
         with self._lock:
             self._by_model[model] = self._by_model.get(model, Usage()) + usage
-            if cost is not None:
-                self._costs[model] = cost
+            if isinstance(cost, int | float):
+                self._cost_usd += cost
+            elif usage.calls:
+                before, other = self._to_be_priced.get(model, (Usage(), None))
+                self._to_be_priced[model] = (before + usage, cost or other)
         if self._parent is not None:
             self._parent.add(model, usage, cost)
 
@@ -111,13 +116,12 @@ class UsageTracker:
         is never fetched. Discounts for cached tokens are not known here.
         """
         with self._lock:
-            usages, costs = dict(self._by_model), dict(self._costs)
-        total = 0.0
-        for model, usage in usages.items():
-            cost = costs[model](usage) if model in costs and usage.calls else None
-            if cost is None and usage.calls:
+            total, to_be_priced = self._cost_usd, list(self._to_be_priced.values())
+        for usage, tell in to_be_priced:
+            cost = None if tell is None else tell(usage)
+            if cost is None:
                 return None
-            total += cost or 0.0
+            total += cost
         return total
 
     def get_total_tokens(self) -> dict[str, dict[str, int]]:

@@ -6,8 +6,12 @@ Not here: where answers are kept (`cache.py`), and what makes requests equal (`k
 from __future__ import annotations
 
 import logging
+import threading
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
+
+from anyio.lowlevel import current_token
 
 from dspylite.abc import Io, Next
 from dspylite.models.cache.cache import Cache
@@ -17,7 +21,9 @@ from dspylite.models.cache.keys import describe
 from dspylite.models.cache.rows import own_copy
 from dspylite.models.middleware import Place
 from dspylite.models.streams import WatchedStream
+from dspylite.runtime.flow import BLOCKING
 from dspylite.runtime.frames import is_second_start
+from dspylite.runtime.loops import STANDING_STILL, running_library
 from dspylite.runtime.settings import settings
 from dspylite.schema.messages import (
     Attempt,
@@ -33,9 +39,6 @@ logger = logging.getLogger(__name__)
 _LEADERS_AWAITED = 2
 """How many leaders may fail before those who waited ask for themselves, all at once: a queue of
 callers that time out one after the other would be as long as their number."""
-
-
-_NOTHING_SPENT = Usage(cached_calls=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,13 @@ class Cached:
             return _reused(found, request, io.now() - started, _Kept(cache, key))
         if request.stream or key in LEADING.get() or is_second_start():
             return await self._ask(_Asked(self, request, cache, key), call_next)
+        loop = None if io is BLOCKING else current_token().native_token
         for _ in range(_LEADERS_AWAITED):
-            flight, is_leader = cache.flights.join(key)
+            flight, is_leader = cache.flights.join(key, loop)
             if is_leader:
                 return await self._lead(_Asked(self, request, cache, key, flight), call_next, io)
+            if not _goes_on(flight, loop):
+                break
             async with io.enter(flight):
                 pass
             if flight.response is not None:
@@ -95,9 +101,12 @@ class Cached:
             flights.end(flight)
             raise
         finally:
-            LEADING.reset(token)
-        if response.verdict is asked:
-            flights.answered(flight, own_copy(asked.response))
+            try:
+                LEADING.reset(token)
+            except ValueError:
+                pass  # closed from another context: what was set ended with the one it was set in
+        if response.verdict is asked and asked.response is not None:
+            flights.answered(flight, asked.response)
         else:  # another model answered, which keeps its answers itself
             flights.end(flight)
         return response
@@ -110,7 +119,8 @@ class Cached:
             return response
         if response.stream is not None:
             return replace(response, stream=_KeptStream(response.stream, asked))
-        asked.response = replace(response, attempts=())
+        # Whoever listens to the call may change the answer before its reader has judged it.
+        asked.response = own_copy(replace(response, attempts=()))
         return replace(response, verdict=asked)
 
     def key(self, request: LMRequest, cache: Cache) -> str | None:
@@ -128,6 +138,16 @@ class Cached:
         except Exception as error:  # noqa: BLE001  # logged here; the call goes on
             logger.debug("a call to %s cannot be cached: %s", request.model, type(error).__name__)
             return None
+
+
+def _goes_on(flight: Flight, loop: object) -> bool:
+    """Tell whether a request goes on while this caller waits for it."""
+    if loop is None and running_library() is not None:
+        # The loop of this thread will stand still, with all calls in it that others wait for.
+        return False
+    if flight.thread == threading.get_ident():
+        return loop is not None and flight.loop is loop
+    return flight.thread not in STANDING_STILL.get()
 
 
 class _Kept:
@@ -158,7 +178,7 @@ class _Asked:
         response: The answer.
     """
 
-    __slots__ = ("_is_open", "_policy", "cache", "flight", "key", "request", "response")
+    __slots__ = ("_context", "_is_open", "_policy", "cache", "flight", "key", "request", "response")
 
     def __init__(
         self,
@@ -169,6 +189,8 @@ class _Asked:
         flight: Flight | None = None,
     ) -> None:
         self._policy = policy
+        # For the key, which is made once more where its salt was not the directory's.
+        self._context = None if cache.is_salt_kept else copy_context()
         self._is_open = True
         self.request = request
         self.cache = cache
@@ -182,10 +204,10 @@ class _Asked:
             return
         self._is_open = False
         key: str | None = self.key
-        if not self.cache.is_salt_kept:
+        if self._context is not None:
             # The directory is made now, and another process may have been faster with the salt.
             self.cache.salt(make=True)
-            key = self._policy.key(self.request, self.cache)
+            key = self._context.run(self._policy.key, self.request, self.cache)
         try:
             if key is not None and self.response is not None:
                 self.cache.write(key, self.response)
@@ -218,8 +240,10 @@ class _KeptStream(WatchedStream):
         self._asked = asked
 
     def ended(self) -> None:
-        self._asked.response = replace(self.response, attempts=(), stream=None)
-        self._asked.accept()
+        response = self.response
+        if not response.answered_by:  # a fallback keeps its answers itself
+            self._asked.response = own_copy(replace(response, attempts=(), stream=None))
+            self._asked.accept()
 
 
 def _reused(
@@ -228,7 +252,7 @@ def _reused(
     """Return a kept or shared answer as that of a call that took no request."""
     return LMResponse(
         outputs=found.outputs,
-        usage=_NOTHING_SPENT,
+        usage=Usage(cached_calls=1),
         model=found.model,
         request_id=found.request_id,
         attempts=(Attempt(model=request.model, seconds=seconds, cached=True),),

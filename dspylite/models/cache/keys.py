@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.errors import PydanticUserError
 
 from dspylite.models.direct.providers import provider_of
 from dspylite.models.parameters import without_userinfo
@@ -37,7 +38,7 @@ def key_of(described: Mapping[str, Any]) -> str:
         described: The request, made of what JSON can say; pydantic models and classes too.
 
     Raises:
-        TypeError: Something in it has no form in JSON, such as a function.
+        TypeError: Something in it has no form in JSON, such as a function, or contains itself.
 
     Example:
         >>> key_of({"a": 1, "b": [1, 2]}) == key_of({"b": [1, 2], "a": 1})
@@ -70,7 +71,11 @@ _ENCODER = json.JSONEncoder(
 
 
 def _canonical(value: Any) -> bytes:
-    return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
+    try:
+        text = _ENCODER.encode(value)
+    except (ValueError, RecursionError, PydanticUserError) as error:
+        raise TypeError(f"It has no form in JSON: {type(error).__name__}.") from error
+    return text.encode("utf-8", "surrogatepass")
 
 
 def describe(
