@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ import pytest
 os.environ["DSPYLITE_CACHE"] = "off"
 
 from dspylite.models.cache.cache import Cache
-from dspylite.models.cache.configure import use_cache
+from dspylite.models.cache.configure import current_cache, use_cache
 from dspylite.models.endpoints import forget_endpoints
 from dspylite.testing import FakeServer
 
@@ -57,6 +59,23 @@ def unknown_endpoints() -> None:
 def unanswered_questions() -> None:
     """Let no test be answered by the cache of another one."""
     use_cache(_NO_CACHE)
+
+
+@pytest.fixture
+def cache_in() -> Iterator[Callable[..., Cache]]:
+    """Give a test `cache_in(directory, **options)`, which makes a cache and has all calls use it.
+
+    Memory keeps nothing unless it is asked to, so that what is read comes from the disk.
+    """
+    before = current_cache()
+
+    def make(directory: Path, **options: Any) -> Cache:
+        made = Cache(disk_cache_dir=directory, **{"enable_memory_cache": False, **options})
+        use_cache(made)
+        return made
+
+    yield make
+    use_cache(before)
 
 
 @pytest.fixture

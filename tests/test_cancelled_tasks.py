@@ -216,7 +216,7 @@ WAYS = [
 
 @pytest.mark.parametrize(("backend", "way"), WAYS, ids=lambda it: getattr(it, "__name__", it))
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
-def test_a_cancelled_task_ends_at_once_and_leaves_nothing(  # noqa: PLR0917
+def test_a_cancelled_task_ends_at_once_and_leaves_nothing(
     work: Callable[[FakeServer], Coroutine[Any, Any, None]],
     backend: str,
     way: Callable[[Run, Begun], Awaitable[None]],

@@ -20,12 +20,22 @@ class BusyError(Exception):
     """Another process holds the database's lock."""
 
 
+class CrowdedError(BusyError):
+    """Other threads of this process are reading, or it is about to fork."""
+
+
 class UnavailableError(Exception):
     """The database cannot be read or written: no permission, no space, no such folder."""
 
 
 class DamagedError(Exception):
-    """The database is none any more, or not one of this package."""
+    """The database is none any more, or not one of this package.
+
+    Attributes:
+        inode: What tells the file from the next one of its name; 0 if that is not known.
+    """
+
+    inode = 0
 
 
 class CacheStore(Protocol):
@@ -59,8 +69,8 @@ class CacheStore(Protocol):
         """Remove all rows; return how many there were."""
         ...
 
-    def set_aside(self) -> None:
-        """Put what is damaged out of the way, unless another process has done so."""
+    def set_aside(self, damage: DamagedError) -> bool:
+        """Put what is damaged out of the way; False if somebody has done so since it was seen."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """The file that answers outlive the process in: diskcache, told to unpickle and to open nothing.
 
 Any thread reads; one thread at a time writes. Not here: that thread, and what is done about a file
-that is locked, full or damaged (`store.py`).
+that is locked, full or damaged (`store.py`); what every connection is protected from
+(`connections.py`).
 """
 
 from __future__ import annotations
@@ -10,28 +11,34 @@ import functools
 import os
 import shutil
 import sqlite3
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from dspylite.models.cache.connections import (
+    BUSY_S,
+    Readers,
+    close_quietly,
+    connect,
+    faults,
+    has_rows,
+    inode_of,
+    is_there,
+)
 from dspylite.models.cache.contract import (
     SET_ASIDE,
-    BusyError,
     DamagedError,
     UnavailableError,
     database_in,
 )
-from dspylite.models.cache.rows import MAX_ROW_BYTES, BadRowError
+from dspylite.models.cache.rows import BadRowError
 
-_BUSY_S = 0.1
-"""How long sqlite itself waits for a lock; less than a caller waits, so that it hears of it."""
 _SETTINGS: Mapping[str, Any] = {
     "statistics": 0,
     "tag_index": 0,
     "eviction_policy": "least-recently-stored",  # any other writes on each read
-    "cull_limit": 10,
+    "cull_limit": 0,  # while a transaction lasts, the file stays as long as it is, and all would go
     "sqlite_auto_vacuum": 1,  # full
     "sqlite_cache_size": 2048,  # pages
     "sqlite_journal_mode": "wal",
@@ -43,33 +50,7 @@ _SETTINGS: Mapping[str, Any] = {
 }
 """All of diskcache's settings: those that are not given are taken from the file, which is not to be
 believed."""
-_GET = f"""
-SELECT mode, filename IS NOT NULL, CASE WHEN typeof(value) = 'blob' THEN value END
-FROM Cache WHERE key = ? AND raw = 1 AND length(value) <= {MAX_ROW_BYTES}
-"""
-_MOST_READERS = 8
-_LOOK_S = 1.0
-"""How often readers look whether their file is still in its place."""
-_COUNTERS = {"count", "size", "hits", "misses"}
-
-
-def fault_of(error: BaseException) -> Exception:
-    """Return a failure of sqlite, diskcache or the file system as one of the three above."""
-    if isinstance(error, BusyError | UnavailableError | DamagedError):
-        return error
-    cause = error.__context__ if type(error).__name__ == "Timeout" else error  # diskcache's
-    if isinstance(cause, OSError | MemoryError | sqlite3.ProgrammingError | sqlite3.InterfaceError):
-        return UnavailableError(str(cause))
-    if isinstance(cause, sqlite3.Error):
-        extended = getattr(cause, "sqlite_errorcode", None) or sqlite3.SQLITE_ERROR
-        code = extended & 0xFF
-        if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
-            return BusyError(str(cause))
-        is_damage = code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
-        if not is_damage and extended != sqlite3.SQLITE_IOERR_SHORT_READ:
-            return UnavailableError(str(cause))
-    # The rest is what a file that somebody else has written makes diskcache stumble over.
-    return DamagedError(f"{type(cause).__name__}: {cause}")
+_COUNTERS = {"count", "size", "size_limit", "hits", "misses"}
 
 
 @functools.cache
@@ -101,7 +82,7 @@ def _load_diskcache() -> tuple[Any, Any]:
             return 0, MODE_RAW, None, memoryview(value)
 
         def fetch(self, mode: object, filename: object, value: object, read: bool) -> Any:
-            return checked_row(mode, filename, value)
+            raise BadRowError  # rows are read elsewhere
 
         def filename(self, key: object = None, value: object = None) -> Any:
             raise BadRowError
@@ -110,22 +91,6 @@ def _load_diskcache() -> tuple[Any, Any]:
             """Leave alone whatever a row names."""
 
     return diskcache.Cache, SafeDisk
-
-
-def checked_row(mode: object, filename: object, value: object) -> bytes:
-    """Return a row's bytes.
-
-    Args:
-        mode: How diskcache would read it.
-        filename: Whether, or which, file it names.
-        value: What it holds.
-
-    Raises:
-        BadRowError: It is a pickle, names a file, or holds anything but bytes.
-    """
-    if mode != 1 or filename or not isinstance(value, bytes):  # 1: diskcache's MODE_RAW
-        raise BadRowError
-    return value
 
 
 class DiskTable:
@@ -141,7 +106,7 @@ class DiskTable:
         self._size_limit_bytes = size_limit_bytes
         self.file = database_in(directory)
         self.folder = self.file.parent
-        self._readers = _Readers(self.file)
+        self._readers = Readers(self.file)
         self._open: Any = None
         self._connection: Any = None  # a forked child must never close it, so it is kept referenced
         self._inode = 0
@@ -156,102 +121,78 @@ class DiskTable:
         Raises:
             BadRowError: There is one that nobody should read.
         """
-        with _faults():
-            return self._readers.get(key, timeout_s)
+        return self._readers.get(key, timeout_s)
 
     def put(self, rows: Iterable[tuple[str, bytes]]) -> None:
         """Keep rows, in one transaction."""
-        with _faults():
-            self._leave_if_moved()
-            cache = self._opened()
-            with cache.transact():
-                for key, row in rows:
-                    cache.set(key, row)
+        if self._open is not None and self._inode != inode_of(self.file):
+            self.close()  # another process has set it aside; readers would see that a second later
+        # Not `or`: an empty one is false.
+        opened = self._open_writer() if self._open is None else self._open
+        with faults(self._inode):
+            try:
+                with opened.transact():
+                    for key, row in rows:
+                        opened.set(key, row)
+                opened.cull()
+            except BaseException:
+                self._close_writer()  # or a transaction that could not end would stay open
+                raise
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove rows, also such that diskcache cannot read."""
-        if not self.file.exists():
-            return
-        with _faults():
-            connection = _connect_to(self.file, "mode=rw")
-            try:
-                with connection:
-                    connection.executemany(
-                        "DELETE FROM Cache WHERE key = ?", [(key,) for key in keys]
-                    )
-            finally:
-                connection.close()
+        with self._connected() as connection:
+            if connection is not None:
+                connection.executemany("DELETE FROM Cache WHERE key = ?", [(key,) for key in keys])
 
     def clear(self) -> int:
         """Remove all rows; return how many there were."""
-        if not self.file.exists():
-            return 0
-        with _faults():
-            connection = _connect_to(self.file, "mode=rw")
-            try:
-                with connection:
-                    return connection.execute("DELETE FROM Cache").rowcount
-            finally:
-                connection.close()
+        with self._connected() as connection:
+            return 0 if connection is None else connection.execute("DELETE FROM Cache").rowcount
 
-    def walk(self) -> Iterator[tuple[str | None, bytes | None]]:
-        """Give every row with its key; None in the place of what nobody should read."""
-        if not self.file.exists():
-            return
-        with _faults():
-            connection = _connect_to(self.file, "mode=ro")
-            try:
-                connection.text_factory = bytes  # a planted text need be none
-                rows = connection.execute("SELECT key, raw, mode, filename, value FROM Cache")
-                for key, raw, mode, filename, value in rows:
-                    text = key.decode(errors="replace") if isinstance(key, bytes) else None
-                    try:
-                        yield text if raw else None, checked_row(mode, filename, value)
-                    except BadRowError:
-                        yield text, None
-            finally:
-                connection.close()
-
-    def check(self) -> None:
-        """Have sqlite look over the whole file.
-
-        Raises:
-            DamagedError: It found something.
-        """
-        if not self.file.exists():
-            return
-        with _faults():
-            connection = _connect_to(self.file, "mode=ro")
-            try:
-                found = connection.execute("PRAGMA quick_check(1)").fetchone()
-                connection.execute("SELECT count(*) FROM Cache").fetchone()
-            finally:
-                connection.close()
-            if found != ("ok",):
-                raise DamagedError(str(found))
-
-    def set_aside(self) -> None:
-        """Put a damaged file out of the way, in place of the one set aside before.
-
-        Does nothing where another process has done so since the file was opened.
-        """
-        is_ours = self._inode in {0, _inode_of(self.file)}
-        self.close()
-        if is_ours:
-            with _faults():
-                aside = self._directory / SET_ASIDE
-                _remove(aside)
-                try:
-                    self.folder.rename(aside)
-                except FileNotFoundError:  # another process was faster
-                    pass
+    def drop(self, numbers: Iterable[int]) -> int:
+        """Remove rows by their numbers, whatever their keys are; return how many there were."""
+        with self._connected() as connection:
+            if connection is None:
+                return 0
+            made = ((number,) for number in numbers)
+            return connection.executemany("DELETE FROM Cache WHERE rowid = ?", made).rowcount
 
     def remove(self) -> None:
-        """Remove the whole database, and what was set aside."""
-        self.close()
-        with _faults():
-            _remove(self.folder)
+        """Remove the database, and what was set aside; other processes will begin another one."""
+        self.set_aside(DamagedError())  # in one step, while others may be using it
+        with faults(0):
             _remove(self._directory / SET_ASIDE)
+
+    @contextmanager
+    def _connected(self) -> Generator[sqlite3.Connection | None]:
+        """Give a connection for one transaction; None where there are no rows."""
+        with faults(inode_of(self.file)):
+            connection = connect(self.file)
+            if connection is None:
+                yield None
+                return
+            with closing(connection), connection:
+                yield connection if has_rows(connection) else None
+
+    def set_aside(self, damage: DamagedError) -> bool:
+        """Put a damaged file out of the way, in place of the one set aside before.
+
+        Returns:
+            False if somebody has done so since the damage was seen.
+        """
+        self.close()
+        inode = inode_of(self.file)
+        if damage.inode not in {0, inode}:
+            return False
+        with faults(inode):
+            aside = self._directory / SET_ASIDE
+            _remove(aside)
+            try:
+                self.folder.rename(aside)
+            except FileNotFoundError:  # another process was faster
+                return False
+        return True
 
     def close(self) -> None:
         """Let go of all files; the next use opens them again."""
@@ -261,7 +202,7 @@ class DiskTable:
     def _close_writer(self) -> None:
         held, self._open, self._connection, self._inode = self._open, None, None, 0
         if held is not None:
-            _close_quietly(held)
+            close_quietly(held)
 
     def hold(self, timeout_s: float) -> bool:
         """Let no thread begin to read, and wait until none does; False if that took too long."""
@@ -275,231 +216,83 @@ class DiskTable:
         """Part from what a forked child must not touch; return it, to be kept referenced."""
         return (self._open, self._connection, self._readers)
 
-    def _opened(self) -> Any:
-        if self._open is not None:
+    def _open_writer(self) -> Any:
+        with faults(inode_of(self.file)):
+            if os.path.expandvars(self.folder) != str(self.folder):
+                raise UnavailableError("diskcache would read a variable in the directory's name")
+            self._make_file()
+        self._inode = inode_of(self.file)
+        with faults(self._inode):
+            self._check_settings()
+            self._open = self._opened()
+            # See where it is declared.
+            self._connection = self._open._con  # noqa: SLF001
+            self._connection.text_factory = _lenient_text
             return self._open
-        self._make_file()
-        self._check_settings()
+
+    def _opened(self) -> Any:
         cache_class, disk_class = _load_diskcache()
-        # Opening writes, and diskcache itself would wait a minute for a lock.
-        _take_lock(self.file)
-        self._open = cache_class(
-            str(self.folder),
-            timeout=_BUSY_S,
-            disk=disk_class,
-            size_limit=self._size_limit_bytes,
-            **_SETTINGS,
-        )
-        self._connection = self._open._con  # noqa: SLF001  # see where it is declared
-        return self._open
+        opened = cache_class.__new__(cache_class)
+        try:
+            opened.__init__(
+                str(self.folder),
+                timeout=BUSY_S,
+                disk=disk_class,
+                size_limit=self._size_limit_bytes,
+                **_SETTINGS,
+            )
+        except BaseException:
+            close_quietly(opened)
+            raise
+        return opened
 
     def _make_file(self) -> None:
         # A directory that was there before keeps its permissions; the folder in it is ours.
-        for folder in (self._directory, self.folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.file.is_symlink():
-            raise DamagedError("the database is a link to another file")
-        # sqlite gives its log and index the permissions of the file.
-        os.close(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600))
-        self._inode = _inode_of(self.file)
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not is_there(self.file):
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            # sqlite gives its log and index the permissions of the file.
+            os.close(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600))
 
     def _check_settings(self) -> None:
-        connection = _connect_to(self.file, "mode=rw")
-        try:
-            known = connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
-            if known is None:
+        """Refuse a file with settings that are not ours; wait for its lock as long as one may.
+
+        diskcache puts the settings in force before it takes ours, and waits a minute for a lock.
+        """
+        connection = connect(self.file)
+        if connection is None:
+            return
+        with closing(connection):
+            connection.execute("BEGIN IMMEDIATE")
+            is_made = has_rows(connection)
+            (shrinks,) = connection.execute("PRAGMA auto_vacuum").fetchone()
+            try:
+                found = dict(connection.execute("SELECT key, value FROM Settings LIMIT 50"))
+            except sqlite3.OperationalError:  # not made yet
                 return
-            names = {name for (name,) in connection.execute("SELECT key FROM Settings")}
-            odd = connection.execute(
-                "SELECT name FROM sqlite_master WHERE type = 'view' OR "
-                "(type = 'trigger' AND name NOT LIKE 'Settings!_%' ESCAPE '!')"
-            ).fetchone()
-        finally:
-            connection.close()
-        if odd or not names <= {*_SETTINGS, *_COUNTERS, "size_limit"}:
+            finally:
+                connection.execute("ROLLBACK")
+        if is_made and not shrinks:  # everything would be evicted
             raise DamagedError("the database was made by something else")
-
-    def _leave_if_moved(self) -> None:
-        """Close a file that another process has set aside, or that was removed."""
-        if self._open is not None and self._inode != _inode_of(self.file):
-            self._close_writer()
-
-
-class _Readers:
-    """Connections for reading, which threads borrow; several, because each waits for the GIL."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._changed = threading.Condition()  # guards all below; held for a few steps only
-        self._idle: list[_Reader] = []
-        self._lent = 0
-        self._is_held = False
-        self._era = 0  # raised when those that are lent must not come back
-        self._inode = 0
-        self._look_at = 0.0
-
-    def get(self, key: str, timeout_s: float) -> bytes | None:
-        now = time.monotonic()
-        reader, era = self._borrow(now, timeout_s)
-        if reader is None:
-            return None
-        try:
-            found = reader.get(key, now + timeout_s)
-        except BadRowError:
-            self._give_back(reader, era)
-            raise
-        except BaseException:
-            self._give_back(None, era)
-            reader.close()
-            raise
-        self._give_back(reader, era)
-        return found
-
-    def _borrow(self, now: float, timeout_s: float) -> tuple[_Reader | None, int]:
-        with self._changed:
-            if now >= self._look_at:
-                self._look_at = now + _LOOK_S
-                self._leave_if_moved()
-            while self._is_held or (not self._idle and self._lent >= _MOST_READERS):
-                if not self._changed.wait(timeout_s):
-                    raise BusyError("other threads are reading")
-            self._lent += 1
-            era = self._era
-            if self._idle:
-                return self._idle.pop(), era
-        try:
-            reader = _Reader(self._file) if self._file.exists() else None
-        except BaseException:
-            self._give_back(None, era)
-            raise
-        if reader is None:
-            self._give_back(None, era)
-        return reader, era
-
-    def _leave_if_moved(self) -> None:
-        inode = _inode_of(self._file)
-        if inode != self._inode:
-            self._inode = inode
-            self._forget()
-
-    def _forget(self) -> None:
-        self._era += 1
-        idle, self._idle = self._idle, []
-        for reader in idle:
-            reader.close()
-
-    def _give_back(self, reader: _Reader | None, era: int) -> None:
-        with self._changed:
-            self._lent -= 1
-            is_kept = era == self._era
-            if reader is not None and is_kept:
-                self._idle.append(reader)
-            self._changed.notify()
-        if reader is not None and not is_kept:
-            reader.close()
-
-    def close(self) -> None:
-        with self._changed:
-            self._forget()
-
-    def hold(self, timeout_s: float) -> bool:
-        with self._changed:
-            self._is_held = True
-            return self._changed.wait_for(lambda: not self._lent, timeout_s)
-
-    def let_go(self) -> None:
-        with self._changed:
-            self._is_held = False
-            self._changed.notify_all()
+        for name, value in found.items():
+            if name in _COUNTERS:
+                # No row of ours has a size; a wrong sum of them would evict all or nothing.
+                is_ours = isinstance(value, int) and (
+                    name != "size" or abs(value) <= self._size_limit_bytes
+                )
+            else:
+                is_ours = _SETTINGS.get(name, ...) == value
+            if not is_ours:
+                raise DamagedError("the database was made by something else")
 
 
-class _Reader:
-    """One connection for reading; used by one thread at a time."""
-
-    def __init__(self, file: Path) -> None:
-        self._until = 0.0
-        try:
-            # Not `mode=ro`: a reader of a log must be able to make the log's index.
-            self._connection = self._connect(file, "mode=rw")
-        except sqlite3.OperationalError:
-            # Nothing can be written here. What is there may be read, but for the log.
-            self._connection = self._connect(file, "mode=ro&immutable=1")
-
-    def _connect(self, file: Path, how: str) -> sqlite3.Connection:
-        connection = _connect_to(file, how)
-        # A file made by somebody else may hold a table whose every reading takes for ever.
-        connection.set_progress_handler(lambda: time.monotonic() > self._until, 10_000)
-        self._until = time.monotonic() + _BUSY_S
-        try:
-            connection.execute("SELECT 1 FROM Cache LIMIT 1").fetchone()
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def get(self, key: str, until: float) -> bytes | None:
-        self._until = until
-        found = self._connection.execute(_GET, (key,)).fetchone()
-        return None if found is None else checked_row(*found)
-
-    def close(self) -> None:
-        _close_quietly(self._connection)
+def _lenient_text(found: bytes) -> str:
+    """Read a text that somebody may have planted, and that need be none."""
+    return found.decode("utf-8", "replace")
 
 
-class _faults:  # noqa: N801  # used like the functions of contextlib
-    """Let every failure of the block leave as one of the three; a bad row is none."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, exc_type: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, BadRowError):
-            fault = fault_of(error)
-            if fault is not error:
-                raise fault from error
-
-
-def _connect_to(file: Path, how: str) -> sqlite3.Connection:
-    # `as_uri` quotes what a path may hold.
-    connection = sqlite3.connect(
-        f"{file.absolute().as_uri()}?{how}", timeout=_BUSY_S, uri=True, check_same_thread=False
-    )
-    connection.execute("PRAGMA mmap_size = 0")
-    return connection
-
-
-def _take_lock(file: Path) -> None:
-    """Wait for the write lock as long as a caller may, and let it go.
-
-    Raises:
-        sqlite3.OperationalError: Another process keeps it.
-    """
-    connection = _connect_to(file, "mode=rw")
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("ROLLBACK")
-    finally:
-        connection.close()
-
-
-def _close_quietly(connection: Any) -> None:
-    try:
-        connection.close()
-    except sqlite3.Error:  # there is nothing more that could be done with it
-        pass
-
-
-def _inode_of(file: Path) -> int:
-    try:
-        return file.stat().st_ino
-    except OSError:
-        return 0
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
+def _remove(place: Path) -> None:
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)

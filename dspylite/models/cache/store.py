@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import logging
 import os
 import secrets
+import stat
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ from typing import Any, Literal, get_args
 from dspylite.models.cache.contract import (
     BusyError,
     CacheStore,
+    CrowdedError,
     DamagedError,
     UnavailableError,
     database_in,
@@ -35,12 +38,18 @@ LONGEST_WAIT_S = 0.25
 """How long a call waits for the disk before it does without."""
 MOST_QUEUED_BYTES = 64_000_000
 """Rows that wait to be written; what comes beyond them is not kept."""
+MOST_AT_ONCE = 100
+"""Rows in one transaction; a fork waits for its end, as do other processes."""
+FORK_WAIT_S = 2.0
+"""How long a fork waits for those who read or write. Sixteen busy threads hold up the one that
+writes for longer than `LONGEST_WAIT_S`; a child of a fork that did not wait has no disk."""
 AT_EXIT_S = 2.0
 """How long the end of the process waits for rows that are still to be written."""
 SALT_BYTES = 32
 _SALT_FILE = "salt"
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
-"""How long the writing thread waits after it met another process's lock."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.25
+"""How long the writing thread waits after it met another process's lock; short beside `AT_EXIT_S`,
+or many processes that end at once would not all be heard."""
 _ALONE_S = 1.0
 """How long a disk that could not be used is left alone; guessed."""
 
@@ -75,12 +84,13 @@ class DiskStore:
         hold_forks(self)
 
     def _start_afresh(self) -> None:
-        # Guards the next six and `counts`; held for a few steps only, and taken before no other.
+        # Guards the next seven and `counts`; held for a few steps only, and taken before no other.
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._rows: dict[str, bytes] = {}  # to be written; readable until they are
         self._unwanted: set[str] = set()  # keys to be removed
         self._queued_bytes = 0
+        self._damage: DamagedError | None = None  # seen by a reader, and not set aside yet
         self._is_working = self._is_closing = False
         # Held by whoever changes the database, and over a fork; before `_changed`.
         self._in_sqlite = threading.Lock()
@@ -89,9 +99,9 @@ class DiskStore:
 
     def before_fork(self) -> None:
         """Let no fork find a thread inside sqlite, whose locks the child would find held."""
-        if not self._in_sqlite.acquire(timeout=LONGEST_WAIT_S):
+        if not self._in_sqlite.acquire(timeout=FORK_WAIT_S):
             return
-        if self._opened is None or self._opened.hold(LONGEST_WAIT_S):
+        if self._opened is None or self._opened.hold(FORK_WAIT_S):
             self._quiet_for.add(threading.get_ident())
         else:
             self._in_sqlite.release()
@@ -124,12 +134,14 @@ class DiskStore:
             return row
         if self._opened is None and not self._is_there():
             return None
-        if time.monotonic() < self._read_at:
+        if self._damage is not None or time.monotonic() < self._read_at:
             return None
         try:
             return self._table.get(key, LONGEST_WAIT_S)
         except BadRowError:
             self.reject(key)
+        except CrowdedError:
+            self._count("timeouts")
         except BusyError as error:
             self._count("timeouts")
             self._leave_alone("busy", error)
@@ -137,12 +149,17 @@ class DiskStore:
             self._count("unavailable")
             self._leave_alone("unavailable", error)
         except DamagedError as error:
-            self._set_aside(error)
+            with self._changed:
+                self._damage = error
+                self._wake_thread()
         return None
 
     def put(self, key: str, row: bytes) -> None:
         """Have a row written soon; nobody waits for it."""
         if self._is_lost:
+            self._warn(
+                "lost", "the process was forked in the midst of its use; it is not used here"
+            )
             return
         with self._changed:
             is_full = self._queued_bytes + len(row) > MOST_QUEUED_BYTES
@@ -177,7 +194,11 @@ class DiskStore:
             timeout_s: Seconds. None: as long as it takes.
         """
         with self._changed:
-            return self._changed.wait_for(lambda: not self._has_work(), timeout_s)
+            if self._is_asked():  # and the thread may have been closed before it was heard
+                self._wake_thread()
+            return self._changed.wait_for(
+                lambda: not self._is_asked() and not self._is_working, timeout_s
+            )
 
     def clear(self) -> bool:
         """Remove all rows; False if that could not be done."""
@@ -224,19 +245,26 @@ class DiskStore:
     def _wake_thread(self) -> None:
         """Have the thread look for work; `_changed` must be held."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="dspylite-cache", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="dspylite-cache", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # there may be no more threads, or the process is about to end
+                self.counts["dropped_writes"] += len(self._rows)
+                self._forget_work()
+                return
+            self._thread = thread
             flush_at_exit()
         self._changed.notify_all()
 
-    def _has_work(self) -> bool:
-        return bool(self._rows or self._unwanted or self._is_working)
+    def _is_asked(self) -> bool:
+        return bool(self._rows or self._unwanted or self._damage)
 
     def _run(self) -> None:
         while self._wait_for_work():
             with self._in_sqlite:
                 with self._changed:
-                    rows, unwanted = dict(self._rows), set(self._unwanted)
+                    rows = dict(itertools.islice(self._rows.items(), MOST_AT_ONCE))
+                    unwanted = set(self._unwanted)
                     self._is_working = True
                 is_over = self._write(rows, unwanted)
                 with self._changed:
@@ -250,11 +278,11 @@ class DiskStore:
         with self._changed:
             while True:
                 pause_s = self._write_at - time.monotonic()
-                if (self._rows or self._unwanted) and pause_s <= 0:
+                if self._is_asked() and pause_s <= 0:
                     return True
                 if self._is_closing:
                     break
-                self._changed.wait(pause_s if self._rows or self._unwanted else None)
+                self._changed.wait(pause_s if self._is_asked() else None)
             self._is_closing = False
             self._thread = None
         # What was begun meanwhile belongs to the next thread, which waits for this lock.
@@ -282,6 +310,10 @@ class DiskStore:
         return True
 
     def _change(self, rows: dict[str, bytes], unwanted: set[str]) -> None:
+        with self._changed:
+            damage, self._damage = self._damage, None
+        if damage is not None:
+            raise damage
         if unwanted:
             self._table.delete(unwanted)
         if rows:
@@ -304,9 +336,13 @@ class DiskStore:
     @property
     def _table(self) -> CacheStore:
         opened = self._opened
-        if opened is None:
-            opened = self._opened = _load_table()(self.directory, self.size_limit_bytes)
-        return opened
+        if opened is not None:
+            return opened
+        make = _load_table()
+        with self._changed:
+            if self._opened is None:
+                self._opened = make(self.directory, self.size_limit_bytes)
+            return self._opened
 
     def _is_there(self) -> bool:
         try:
@@ -317,35 +353,27 @@ class DiskStore:
     def _is_done(self, work: Callable[[], object]) -> bool:
         try:
             self._attempt(work)
-        except (BusyError, UnavailableError, DamagedError):
+        except BusyError as error:
+            self._warn("busy", str(error))
+            return False
+        except (UnavailableError, DamagedError):
             return False
         return True
 
     def _attempt(self, work: Callable[[], object]) -> None:
         """Change the database, or a new one if this one turns out to be damaged."""
         try:
-            work()
-        except DamagedError as error:
-            self._note_damage(error)
-            self._table.set_aside()
-            work()
+            try:
+                work()
+            except DamagedError as error:
+                if self._table.set_aside(error):
+                    self._note_damage(error)
+                work()
         except UnavailableError as error:
             self._count("unavailable")
             self._warn("unavailable", str(error))
             self._table.close()
             raise
-
-    def _set_aside(self, error: DamagedError) -> None:
-        """Put a file aside that a reader found damaged, unless the writing thread is about to."""
-        if not self._in_sqlite.acquire(blocking=False):
-            return
-        try:
-            self._note_damage(error)
-            self._table.set_aside()
-        except (BusyError, UnavailableError, DamagedError) as problem:
-            self._leave_alone("unavailable", problem)
-        finally:
-            self._in_sqlite.release()
 
     def _note_damage(self, error: DamagedError) -> None:
         self._count("damaged")
@@ -377,10 +405,12 @@ def _load_table() -> Callable[[Path, int], CacheStore]:
 
 def _read_salt(file: Path) -> bytes | None:
     try:
-        found = file.read_bytes()
+        found = os.lstat(file)
     except FileNotFoundError:
         return None
-    return found if len(found) == SALT_BYTES else None
+    # A pipe would block for ever.
+    is_one = stat.S_ISREG(found.st_mode) and found.st_size == SALT_BYTES
+    return file.read_bytes() if is_one else None
 
 
 def _make_salt(file: Path) -> bytes:
@@ -390,7 +420,9 @@ def _make_salt(file: Path) -> bytes:
     try:
         with os.fdopen(descriptor, "wb") as writer:
             writer.write(secrets.token_bytes(SALT_BYTES))
-        if file.exists() and _read_salt(file) is None:  # cut short by a crash or a full disk
+        if (
+            os.path.lexists(file) and _read_salt(file) is None
+        ):  # cut short by a crash or a full disk
             os.replace(made, file)
             return file.read_bytes()
         try:
