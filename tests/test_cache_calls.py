@@ -10,6 +10,7 @@ import copy
 import json
 import pickle
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -430,6 +431,91 @@ async def test_a_stream_is_kept_only_when_it_came_to_its_proper_end(
     await read(99)
     assert (memory.stats().memory_entries, lm("q")) == (1, [written("Paris")])
     assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_a_stream_that_is_read_on_after_it_was_closed_is_not_kept(
+    awaited: bool, memory: dspy.Cache, server: FakeServer
+) -> None:
+    """Reading ends there, the answer does not: its first piece would be the answer for ever."""
+    lm = lm_at(server)
+    server.script(Reply(chunks=["Par", "is"]))
+    if awaited:
+        async with await lm.astream("q") as stream:
+            first = (await anext(stream)).text
+        async for _ in stream:
+            pass  # what had arrived already
+    else:
+        with lm.stream("q") as pieces:
+            first = next(pieces).text
+        list(pieces)
+    assert (first, memory.stats().memory_entries) == ("Par", 0)
+    assert lm("q") == [written("Paris")]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(text=""),
+        Reply(text="", finish_reason="length"),
+        Reply(text="Here is", finish_reason="content_filter"),
+    ],
+    ids=["empty", "cut-in-thought", "filtered"],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_says_nothing_is_not_kept(
+    reply: Reply, streamed: bool, memory: dspy.Cache, server: FakeServer
+) -> None:
+    """A model that refused once, or thought until its limit, would be asked never again."""
+    lm = lm_at(server)
+    server.script(reply)
+    if streamed:
+        with lm.stream("q") as stream:
+            list(stream)
+    else:
+        assert lm("q") == [reply.text]
+    assert (memory.stats().memory_entries, len(memory.flights)) == (0, 0)
+    assert (lm("q"), lm("q"), len(server.requests)) == (*[[written("Paris")]] * 2, 2)
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_a_request_that_changes_under_way_is_not_kept(
+    awaited: bool, memory: dspy.Cache, server: FakeServer
+) -> None:
+    """Its answer may be that to another one; a chat goes on while a retry waits."""
+    chat: Any = [{"role": "user", "content": "q"}]
+
+    class GoesOn:
+        place = "retry"
+
+        async def handle(self, request: LMRequest, call_next: Any, io: Any) -> LMResponse:
+            if len(chat) == 1:
+                chat.append({"role": "user", "content": "No, r!"})
+            answer: LMResponse = await call_next(request)
+            return answer
+
+    lm = lm_at(server, middleware=[GoesOn()])
+    server.script(Reply(text="of r"))
+    ask = lm.acall(messages=chat) if awaited else None
+    assert (lm(messages=chat) if ask is None else await ask) == ["of r"]
+    assert (memory.stats().memory_entries, len(memory.flights)) == (0, 0)
+    del chat[1:]
+    assert lm_at(server)("q") == [written("Paris")]
+
+
+def test_a_tenant_that_changes_under_way_is_told_nothing_of_the_one_before(
+    cache: dspy.Cache, server: FakeServer
+) -> None:
+    """The first answer of a directory gets its key when it is kept."""
+    tenant = ["sk-a"]
+    lm = lm_at(server, api_key=lambda: tenant[0])
+    server.script(Reply(text="for a"))
+    with ThreadPoolExecutor(1) as pool, server.hold():
+        first = pool.submit(lm, "q")
+        server.wait_for_requests(1)
+        tenant[0] = "sk-b"
+    assert first.result() == ["for a"]
+    assert lm("q") == [written("Paris")]
 
 
 # --- fallbacks -----------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ import os
 import sqlite3
 import stat
 import threading
-from collections.abc import Iterator
+import tracemalloc
+from array import array
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +26,7 @@ from dspylite.models.cache.cache import Cache
 from dspylite.models.cache.configure import configure_cache, current_cache, use_cache
 from dspylite.models.cache.memory import MemoryCache
 from dspylite.runtime.settings import context
+from dspylite.schema.messages import LMOutput, LMResponse
 from dspylite.testing import FakeServer
 from tests.cache_tools import (
     KEY,
@@ -208,6 +212,44 @@ def test_memory_holds_its_bytes_under_threads() -> None:
     for key in list(memory):
         memory.delete(key)
     assert memory.size_bytes == 0
+
+
+def answer_with(ending: str) -> LMResponse:
+    return LMResponse(outputs=(LMOutput(text="a" * 5_000 + ending),))
+
+
+@pytest.mark.parametrize(
+    "value_of",
+    [
+        lambda number: answer_with(f"{number}"),
+        lambda number: answer_with(f"{number}\N{GRINNING FACE}"),
+        lambda number: [{"row": number * 1_000 + each} for each in range(300)],
+        lambda number: array("f", range(number, number + 1_000)),
+    ],
+    ids=["ascii", "emoji", "json", "floats"],
+)
+def test_memory_holds_its_bytes_whatever_is_kept(
+    value_of: Callable[[int], Any], tmp_path: Path, cache_in: MakeCache
+) -> None:
+    """B 5.1: an emoji makes each character of its text take four bytes."""
+    limit = 2_000_000
+    for place in ("written", "read"):
+        cache = cache_in(tmp_path, enable_memory_cache=True, memory_size_limit_bytes=limit)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            for number in range(300):
+                if place == "written":
+                    cache.put({"number": number}, value_of(number))
+                else:
+                    cache.get({"number": number})
+            assert cache.flush(20)
+            gc.collect()
+            taken, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert taken < limit * 1.5
+        cache.close()
 
 
 def test_memory_forgets_what_was_used_longest_ago() -> None:

@@ -539,6 +539,49 @@ def test_nobody_waits_for_a_task_whose_loop_stands_still_on_its_own_thread(
         assert runner.run(_awaited(task)) == ANSWER
 
 
+def test_nobody_in_a_worker_thread_waits_for_a_task_that_waits_for_a_worker_thread(
+    server: FakeServer,
+) -> None:
+    """On trio a request is made in a worker thread; the places were held by those who waited."""
+    lm, places = lm_of(server), 2
+    call = dspy.asyncify(lm)
+    free, taken = threading.Event(), threading.Semaphore(0)
+
+    def hold() -> None:
+        taken.release()
+        assert free.wait(LIMIT_S)
+
+    async def main() -> None:
+        with dspy.context(async_max_workers=places), anyio.fail_after(LIMIT_S):
+            async with anyio.create_task_group() as group:
+                for _ in range(places):
+                    group.start_soon(dspy.asyncify(hold))
+                for _ in range(places):
+                    await anyio.to_thread.run_sync(taken.acquire)
+                for _ in range(places):  # first in line for a place
+                    group.start_soon(call, "q")
+                await anyio.wait_all_tasks_blocked()
+                group.start_soon(lm.acall, "q")  # leads, and is the last in line
+                await anyio.wait_all_tasks_blocked()
+                free.set()
+
+    anyio.run(main, backend="trio")
+    assert 1 <= len(server.requests) <= 1 + places
+
+
+def test_whoever_has_less_time_does_not_wait_for_one_that_has_more(
+    server: FakeServer, flights: CountedFlights
+) -> None:
+    """`timeout` is how long a caller waits for its answer, whoever asks."""
+    with server.hold():
+        patient = by_threads(lm_of(server, timeout=LIMIT_S), 1)
+        flights.wait_for(1)
+        with pytest.raises(dspy.LMTimeoutError) as caught:
+            lm_of(server, timeout=0.1)("q", deadline_s=5)
+    assert not isinstance(caught.value, dspy.DeadlineExceededError)
+    assert values(patient) == [ANSWER]
+
+
 async def _awaited(task: asyncio.Task[Any]) -> Any:
     return await task
 

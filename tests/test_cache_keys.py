@@ -218,6 +218,8 @@ def test_each_part_of_a_request_is_part_of_its_key(monkeypatch: pytest.MonkeyPat
     assert key(requested(PLAIN, params=with_key), namespace="n") == key(
         requested(PLAIN), namespace="n"
     )
+    ends = [key(requested(PLAIN, params={"eos_token": end}), namespace="n") for end in "ab"]
+    assert ends[0] != ends[1]  # a secret's name alone, and another answer
     monkeypatch.setenv("OPENAI_API_BASE", "http://a/v1/")
     assert key(requested(PLAIN)) == key(requested(PLAIN, params={"base_url": "http://a/v1"}))
 

@@ -395,6 +395,17 @@ def test_retries_fallbacks_and_failures_are_itemised() -> None:
     assert [attempt.cached for attempt in found.get_lm_attempts()] == [False] * 4 + [True]
 
 
+def test_a_fallback_of_a_fallback_is_one_answer_in_the_place_of_another() -> None:
+    """However many models failed before it (B 4.10)."""
+    with FakeServer() as server, dspy.track_usage() as tracker:
+        server.script(Reply(status=500), Reply(status=500))
+        third = lm_at(server, "openai/c", api_key="none")
+        second = lm_at(server, "openai/b", api_key="none", num_retries=0, fallbacks=[third])
+        lm_at(server, "openai/a", api_key="none", num_retries=0, fallbacks=[second])("q")
+    found = {model: (each.answered, each.fallbacks) for model, each in tracker.counts.items()}
+    assert found == {"openai/a": (0, 0), "openai/b": (0, 0), "openai/c": (1, 1)}
+
+
 # --- money ---------------------------------------------------------------------------------------
 
 
@@ -425,6 +436,20 @@ def test_an_unknown_price_makes_the_sum_unknown() -> None:
             unknown("q")
         assert (outer.cost_usd, inner.cost_usd) == (0.0, 0.0)
     assert len(server.requests) == 2
+
+
+def test_a_call_whose_tokens_nobody_counted_makes_the_sum_unknown() -> None:
+    """It cost something; the history says None for it too (B 4.8)."""
+    with FakeServer() as server:
+        server.script(Reply(usage={}))
+        lm = lm_at(server, api_key="none", price=(1.0, 1.0))
+        with dspy.track_usage() as tracker:
+            lm("q")
+        assert (tracker.cost_usd, lm.history[-1].cost) == (None, None)
+        server.script(Reply(usage={}))
+        with dspy.track_usage() as tracker:
+            lm_at(server, api_key="other", price=(0.0, 0.0))("q")
+        assert tracker.cost_usd == 0.0
 
 
 GUARDED = """

@@ -100,7 +100,10 @@ class Fallback:
                 continue
             if not made:
                 return response
-            note_request(response.answered_by or request.model, "fallbacks")
+            answered_by = response.answered_by or request.model
+            # One that had to ask a fallback of its own has noted that itself.
+            if position == 1 or answered_by in {request.model, self.lms[position - 2].model}:
+                note_request(answered_by, "fallbacks")
             done = response.attempts or (successful_attempt(request, response, io.now() - started),)
             return replace(response, attempts=(*made, *done))
         raise AssertionError("the last way returns or raises")

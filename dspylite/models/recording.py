@@ -108,7 +108,7 @@ class Record:
         tracker = settings.usage_tracker
         if tracker is not None and not is_counted:
             price = self._lm.price(look_up=False)  # another LM of this name may have another one
-            cost = self._lm.cost_of if price is None else price.of(response.usage)
+            cost = self._lm.cost_of if price is None else self._cost(response)
             tracker.add(self._lm.model, response.usage, cost)
         keep_call(
             model=self._lm.model,

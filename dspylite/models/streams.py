@@ -162,9 +162,10 @@ class WatchedStream:
 
     def __init__(self, source: DeltaSource) -> None:
         self._source = source
+        self._is_closed = False
 
     def call(self) -> LMDelta | None:
-        """Wait on this thread for the next piece; None at the proper end."""
+        """Wait on this thread for the next piece; None at the proper end, or after `close`."""
         try:
             piece = self._source.call()
         except Exception as error:
@@ -173,7 +174,7 @@ class WatchedStream:
         return self._told(piece)
 
     async def acall(self) -> LMDelta | None:
-        """Await the next piece on this event loop; None at the proper end."""
+        """Await the next piece on this event loop; None at the proper end, or after `close`."""
         try:
             piece = await self._source.acall()
         except Exception as error:
@@ -183,6 +184,7 @@ class WatchedStream:
 
     def close(self) -> None:
         """Close the connection, from whatever thread."""
+        self._is_closed = True
         try:
             self._source.close()
         finally:
@@ -194,10 +196,10 @@ class WatchedStream:
         return self._source.response
 
     def _told(self, piece: LMDelta | None) -> LMDelta | None:
-        if piece is None:
-            self.ended()
-        else:
+        if piece is not None:
             self.moved()
+        elif not self._is_closed:  # else it is the end of reading, and not that of the answer
+            self.ended()
         return piece
 
     def moved(self) -> None:

@@ -110,7 +110,7 @@ class UsageTracker:
 
     @property
     def cost_usd(self) -> float | None:
-        """What the answered calls cost in US dollars; None if the price of one is unknown.
+        """What the answered calls cost in US dollars; None if that of one is unknown.
 
         Prices are those of the LMs, else of litellm's own table, which the first look may load; it
         is never fetched. Discounts for cached tokens are not known here.

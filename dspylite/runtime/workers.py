@@ -162,6 +162,14 @@ class _Handover:
         self._limiter.release_on_behalf_of(self._place)
 
 
+def holds_worker() -> bool:
+    """Tell whether this work takes a place among the worker threads of an event loop.
+
+    Whoever waits there for a task may wait for ever: the task may be waiting for a place.
+    """
+    return _HELD.get() is not None
+
+
 async def call_in_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a sync function in a worker thread, in a copy of the caller's context, and await it.
 

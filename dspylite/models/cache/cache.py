@@ -18,7 +18,7 @@ from typing import Any, get_args
 from dspylite.errors import SettingsError
 from dspylite.models.cache.flights import Flights
 from dspylite.models.cache.keys import key_of
-from dspylite.models.cache.memory import MemoryCache
+from dspylite.models.cache.memory import MemoryCache, held_bytes
 from dspylite.models.cache.rows import (
     MAX_ROW_BYTES,
     BadRowError,
@@ -237,7 +237,7 @@ class Cache:
             return None
         self.count("disk_hits")
         if self.enable_memory_cache:
-            self.memory_cache.put(key, found, len(row))
+            self.memory_cache.put(key, found, max(len(row), held_bytes(found)))
         return own_copy(found)
 
     def write(self, key: str, value: Any, *, in_memory: bool = True) -> None:
@@ -250,7 +250,7 @@ class Cache:
         if len(row) > MAX_ROW_BYTES:
             return
         if self.enable_memory_cache and in_memory:
-            self.memory_cache.put(key, own_copy(value), len(row))
+            self.memory_cache.put(key, own_copy(value), max(len(row), held_bytes(value)))
         if self.disk_cache is not None:
             self.disk_cache.put(key, row)
 

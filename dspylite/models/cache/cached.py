@@ -5,8 +5,10 @@ Not here: where answers are kept (`cache.py`), and what makes requests equal (`k
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
+from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
@@ -25,6 +27,7 @@ from dspylite.runtime.flow import BLOCKING
 from dspylite.runtime.frames import is_second_start
 from dspylite.runtime.loops import STANDING_STILL, running_library
 from dspylite.runtime.settings import settings
+from dspylite.runtime.workers import holds_worker
 from dspylite.schema.messages import (
     Attempt,
     DeltaSource,
@@ -59,7 +62,9 @@ class Cached:
     async def handle(self, request: LMRequest, call_next: Next, io: Io) -> LMResponse:
         """Answer from memory, from disk, from a call under way, or by making the request."""
         cache = current_cache()
-        key = self.key(request, cache) if request.cache and cache.is_on else None
+        # One salt for all keys of a call, also where the directory gets its own meanwhile.
+        salt = cache.salt if cache.is_salt_kept else functools.cache(cache.salt)
+        key = self.key(request, cache, salt) if request.cache and cache.is_on else None
         if key is None:
             return await call_next(request)
         started = io.now()
@@ -67,12 +72,17 @@ class Cached:
         if found is not None:
             return _reused(found, request, io.now() - started, _Kept(cache, key))
         if request.stream or key in LEADING.get() or is_second_start():
-            return await self._ask(_Asked(self, request, cache, key), call_next)
+            return await self._ask(_Asked(self, request, cache, key, salt), call_next)
         loop = None if io is BLOCKING else current_token().native_token
+        # Whoever is in a hurry must not wait for one that has more time.
+        timeout_s = request.params.get("timeout")
+        name = key if timeout_s is None else f"{key} {timeout_s}"
         for _ in range(_LEADERS_AWAITED):
-            flight, is_leader = cache.flights.join(key, loop)
+            flight, is_leader = cache.flights.join(name, loop)
             if is_leader:
-                return await self._lead(_Asked(self, request, cache, key, flight), call_next, io)
+                return await self._lead(
+                    _Asked(self, request, cache, key, salt, flight=flight), call_next, io
+                )
             if not _goes_on(flight, loop):
                 break
             async with io.enter(flight):
@@ -80,7 +90,7 @@ class Cached:
             if flight.response is not None:
                 cache.count("shared")
                 return _reused(own_copy(flight.response), request, io.now() - started, None)
-        return await self._ask(_Asked(self, request, cache, key), call_next)
+        return await self._ask(_Asked(self, request, cache, key, salt), call_next)
 
     async def _lead(self, asked: _Asked, call_next: Next, io: Io) -> LMResponse:
         """Answer for all who wait."""
@@ -107,7 +117,7 @@ class Cached:
                 pass  # closed from another context: what was set ended with the one it was set in
         if response.verdict is asked and asked.response is not None:
             flights.answered(flight, asked.response)
-        else:  # another model answered, which keeps its answers itself
+        else:  # it is not kept, or by another model that answered
             flights.end(flight)
         return response
 
@@ -117,21 +127,32 @@ class Cached:
         response = await call_next(asked.request)
         if response.answered_by or response.verdict is not None:
             return response
+        if not asked.is_unchanged():
+            logger.debug("a request to %s changed under way; not kept", asked.request.model)
+            return response
         if response.stream is not None:
             return replace(response, stream=_KeptStream(response.stream, asked))
         # Whoever listens to the call may change the answer before its reader has judged it.
         asked.response = own_copy(replace(response, attempts=()))
         return replace(response, verdict=asked)
 
-    def key(self, request: LMRequest, cache: Cache) -> str | None:
-        """Return the key of a request; None if it can have none, and is never kept."""
+    def key(
+        self, request: LMRequest, cache: Cache, salt: Callable[[], bytes] | None = None
+    ) -> str | None:
+        """Return the key of a request; None if it can have none, and is never kept.
+
+        Args:
+            request: The request.
+            cache: Where its answer is kept.
+            salt: Gives the salt of fingerprints. None: that of the cache.
+        """
         try:
             return cache.cache_key(
                 describe(
                     request,
                     kind=self.kind,
                     namespace=settings.cache_namespace,
-                    salt=cache.salt,
+                    salt=cache.salt if salt is None else salt,
                 )
             )
         # A function among the parameters, or a key's function that fails: the engine says more.
@@ -144,6 +165,8 @@ def _goes_on(flight: Flight, loop: object) -> bool:
     """Tell whether a request goes on while this caller waits for it."""
     if loop is None and running_library() is not None:
         # The loop of this thread will stand still, with all calls in it that others wait for.
+        return False
+    if flight.loop is not None and holds_worker():
         return False
     if flight.thread == threading.get_ident():
         return loop is not None and flight.loop is loop
@@ -178,7 +201,9 @@ class _Asked:
         response: The answer.
     """
 
-    __slots__ = ("_context", "_is_open", "_policy", "cache", "flight", "key", "request", "response")
+    __slots__ = (
+        "_context", "_is_open", "_policy", "_salt", "cache", "flight", "key", "request", "response",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -186,9 +211,12 @@ class _Asked:
         request: LMRequest,
         cache: Cache,
         key: str,
+        salt: Callable[[], bytes],
+        *,
         flight: Flight | None = None,
     ) -> None:
         self._policy = policy
+        self._salt = salt
         # For the key, which is made once more where its salt was not the directory's.
         self._context = None if cache.is_salt_kept else copy_context()
         self._is_open = True
@@ -197,6 +225,14 @@ class _Asked:
         self.key = key
         self.flight = flight
         self.response: LMResponse | None = None
+
+    def is_unchanged(self) -> bool:
+        """Tell whether the request still is what its key says.
+
+        Lists and dicts in it are the caller's, and its key's function and the environment may say
+        something else by now: the answer may be that to another request, or for another tenant.
+        """
+        return self._policy.key(self.request, self.cache, self._salt) == self.key
 
     def accept(self) -> None:
         """Keep the answer."""
@@ -208,8 +244,10 @@ class _Asked:
             # The directory is made now, and another process may have been faster with the salt.
             self.cache.salt(make=True)
             key = self._context.run(self._policy.key, self.request, self.cache)
+            if not self._context.run(self.is_unchanged):
+                key = None
         try:
-            if key is not None and self.response is not None:
+            if key is not None and self.response is not None and _is_whole(self.response):
                 self.cache.write(key, self.response)
         except (TypeError, ValueError, RecursionError):
             logger.debug("an answer of %s has no form in JSON", self.request.model)
@@ -244,6 +282,14 @@ class _KeptStream(WatchedStream):
         if not response.answered_by:  # a fallback keeps its answers itself
             self._asked.response = own_copy(replace(response, attempts=(), stream=None))
             self._asked.accept()
+
+
+def _is_whole(response: LMResponse) -> bool:
+    """Tell whether each output says something, and none was cut out by the provider's policy."""
+    return all(
+        (output.text or output.tool_calls) and output.finish_reason != "content_filter"
+        for output in response.outputs
+    )
 
 
 def _reused(

@@ -26,7 +26,7 @@ class Flight:
     """One request under way, and those who wait for its answer; a gate that opens at its end.
 
     Attributes:
-        key: What it asks for.
+        key: What it asks for, and in what time.
         loop: The event loop that makes it; None where a thread waits for it.
         thread: The thread that makes it.
         response: The answer; None while it is under way and where it failed.
@@ -106,7 +106,7 @@ class Flights:
         """Return the request of a key that is under way, and whether the caller must make it.
 
         Args:
-            key: What is asked for.
+            key: What is asked for, and in what time.
             loop: The event loop of a caller that awaits; None for one that blocks its thread.
         """
         found = self._by_key.get(key)

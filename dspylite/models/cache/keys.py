@@ -27,6 +27,15 @@ _NOT_IN_KEY = frozenset(
 )
 """The endpoint has a place of its own in the key; the others change no answer."""
 _HEADERS = ("headers", "extra_headers")
+_WHO_ASKS = frozenset(
+    """
+    api_key userinfo token client_secret azure_ad_token azure_password zen_api_key
+    aws_secret_access_key aws_session_token aws_web_identity_token
+    vertex_credentials vertex_ai_credentials
+    """.split()
+)
+"""Secrets that say who asks, by litellm's names. What only looks like one, such as `eos_token`, may
+change the answer."""
 
 
 def key_of(described: Mapping[str, Any]) -> str:
@@ -88,8 +97,8 @@ def describe(
     """Say all that the answer to a request depends on, in a form to make a key of.
 
     Secrets are in it as salted fingerprints only. A key given to the LM keeps tenants apart; one
-    from the environment is no part of it. A namespace takes the place of the key. Headers keep
-    requests apart in any case, because they may change the answer.
+    from the environment is no part of it. A namespace takes the place of the key. Headers, and what
+    only has a secret's name, keep requests apart in any case, because they may change the answer.
 
     Args:
         request: The request, with the parameters that it would be sent with.
@@ -122,7 +131,8 @@ def describe(
         described["rollout_id"] = request.rollout_id
     if namespace is not None:
         described["namespace"] = namespace
-    elif secrets:
+        secrets = {name: value for name, value in secrets.items() if name not in _WHO_ASKS}
+    if secrets:
         described["tenant"] = fingerprint(secrets, salt())
     if headers:
         described["headers"] = fingerprint(headers, salt())

@@ -5,13 +5,41 @@ Not here: what outlives the process (`disk.py`).
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from dspylite.schema.messages import LMResponse
 
 _ENTRY_BYTES = 700
 """What an entry takes beside its value: key, dict slot, objects; measured on CPython 3.11."""
+
+
+def held_bytes(value: Any) -> int:
+    """Return about how many bytes a value takes in memory; what is shared counts each time.
+
+    That may be much more than its length as a row: one emoji makes each character of its text take
+    four bytes, and a number in a list takes 36.
+
+    Example:
+        >>> held_bytes("a" * 1000) < 1100, held_bytes("a" * 1000 + chr(0x1F600)) > 4000
+        (True, True)
+    """
+    total, left = 0, [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, LMResponse):
+            left += [(part.text, part.reasoning, part.tool_calls) for part in each.outputs]
+            continue
+        total += sys.getsizeof(each)
+        if isinstance(each, Mapping):
+            left += each.keys()
+            left += each.values()
+        elif isinstance(each, list | tuple):
+            left += each
+    return total
 
 
 class MemoryCache:
@@ -20,7 +48,7 @@ class MemoryCache:
     Safe to use from any number of threads. Values must not be changed by anybody.
 
     Args:
-        size_limit_bytes: Most bytes of values, by their length as rows.
+        size_limit_bytes: Most bytes of values, by the sizes they are put with.
         max_entries: Most values.
     """
 
@@ -55,7 +83,7 @@ class MemoryCache:
         Args:
             key: Its key.
             value: The value; one larger than the bound is not kept.
-            size: Its length as a row, in bytes.
+            size: What it takes, in bytes.
         """
         size += _ENTRY_BYTES
         with self._lock:
