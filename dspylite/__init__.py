@@ -106,7 +106,14 @@ class _Face(types.ModuleType):
 
     @cache.setter
     def cache(self, value: Cache) -> None:
+        before = _cache.current_cache()
         _cache.use_cache(value)
+        vars(self)["_cache_before"] = before
+
+    @cache.deleter
+    def cache(self) -> None:
+        """Put back the cache before the last assignment, as `unittest.mock.patch` expects it."""
+        _cache.use_cache(vars(self).pop("_cache_before", _cache.current_cache()))
 
 
 sys.modules[__name__].__class__ = _Face

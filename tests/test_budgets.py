@@ -23,6 +23,7 @@ import dspylite
 from dspylite import Module, Parallel, Usage, bind
 from dspylite.errors import BudgetExceededError, LMConfigurationError, SettingsError
 from dspylite.runtime.budgets import NOT_ASKED, Budget, budget, current_budget
+from dspylite.testing import FakeServer, Reply
 
 
 def call(tokens: int = 10, usd: float | None = 0.0, *, price: object = NOT_ASKED) -> None:
@@ -368,3 +369,15 @@ def test_a_forked_child_goes_on_from_what_was_spent() -> None:
                     os._exit(2)
             assert os.waitpid(child, 0)[1] == 0
         assert spending.tokens_spent == 20
+
+
+def test_money_is_not_counted_as_none_where_the_server_counted_no_tokens() -> None:
+    """What nobody counted has cost something; the limit could not be kept (B 4.8)."""
+    with FakeServer() as server:
+        server.script(Reply(usage={}))
+        lm = dspylite.LM("openai/m", api_base=server.base_url, api_key="none", price=(1, 1))
+        with dspylite.budget(usd=1) as spending:
+            lm("first")
+            assert spending.usd_spent is None
+            with pytest.raises(dspylite.LMConfigurationError, match="price of an earlier call"):
+                lm("second")

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from pydantic import BaseModel, ConfigDict
@@ -658,6 +659,14 @@ def test_the_cache_can_be_replaced_by_assignment(
         with pytest.raises(dspy.SettingsError, match="must be a `dspylite"):
             dspy.cache = wrong  # type: ignore[assignment]
     assert dspy.cache is before
+
+
+def test_the_cache_can_be_patched_for_a_block(memory: dspy.Cache) -> None:
+    """As tests do it; deleting what was assigned puts back what was there."""
+    mine = dspy.Cache(enable_disk_cache=False)
+    with mock.patch.object(dspy, "cache", mine):
+        assert current_cache() is mine
+    assert current_cache() is memory
 
 
 def test_configure_cache_takes_all_of_dspys_parameters(

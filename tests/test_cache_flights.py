@@ -582,6 +582,18 @@ def test_whoever_has_less_time_does_not_wait_for_one_that_has_more(
     assert values(patient) == [ANSWER]
 
 
+def test_whoever_has_a_fallback_does_not_wait_for_one_that_waits_overload_out(
+    server: FakeServer, flights: CountedFlights
+) -> None:
+    """Its fallback would have answered long before."""
+    with server.hold():
+        patient = by_threads(lm_of(server, num_retries=None, patience_s=60), 1)
+        flights.wait_for(1)
+        quick = by_threads(lm_of(server), 1)
+        server.wait_for_requests(2)
+    assert values([*patient, *quick]) == [ANSWER] * 2
+
+
 async def _awaited(task: asyncio.Task[Any]) -> Any:
     return await task
 
@@ -643,7 +655,7 @@ def test_nobody_waits_for_ever_for_a_leader_that_stands_still(
     lm("q")
     (key,) = dspy.cache.memory_cache
     dspy.cache.reset_memory_cache()
-    flight, _ = flights.join(key, object())
+    flight, _ = flights.join(f"{key} None {lm.middleware[0].manner}", object())
     flight.thread = 0  # another's
     with FakeClock() as clock:
         assert lm("q") == ANSWER

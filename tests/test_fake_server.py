@@ -1136,3 +1136,14 @@ def test_a_client_that_leaves_with_its_request_is_not_answered() -> None:
             server.wait_for_requests(count)
             server.wait_until_idle()
     assert all(request.client_left for request in server.requests)
+
+
+@pytest.mark.parametrize("wrong", ["Paris", {"text": "Paris"}, Reply])
+def test_what_is_no_reply_is_refused_when_it_is_scripted(wrong: Any) -> None:
+    """On the server it would be a 500, which retries hide."""
+    with FakeServer() as server:
+        with pytest.raises(TypeError, match="is no Reply; write"):
+            server.script(Reply(), wrong)
+        with pytest.raises(TypeError, match="is no Reply; write"):
+            server.script_for(lambda request: True, wrong)
+        assert server.pending_replies == 0

@@ -373,6 +373,19 @@ def test_a_stream_that_was_left_is_itemised(cache: dspy.Cache) -> None:
     assert (counts.unfinished, counts.answered, counts.failed) == (1, 0, 0)
 
 
+async def test_a_request_that_was_cancelled_is_itemised(cache: dspy.Cache) -> None:
+    """The server has it in its log, so that the sum of all counts is the number of requests."""
+    with FakeServer() as server, dspy.track_usage() as tracker:
+        lm = lm_at(server, api_key="none")
+        with server.hold():
+            async with anyio.create_task_group() as group:
+                group.start_soon(lm.acall, "q")
+                await anyio.to_thread.run_sync(server.wait_for_requests, 1)
+                group.cancel_scope.cancel()
+    counts = tracker.counts["openai/m"]
+    assert (counts.unfinished, counts.answered, counts.failed) == (1, 0, 0)
+
+
 def test_retries_fallbacks_and_failures_are_itemised() -> None:
     """Who pays can see why (B 4.10)."""
     with FakeServer() as server, FakeServer(answer=written("Paris")) as other:

@@ -103,6 +103,9 @@ def chain(middleware: Sequence[Middleware], engine: Engine, io: Io) -> Next:
             if not is_late or isinstance(error, DeadlineExceededError):
                 raise
             raise deadline_error(f"{request.model} was asked ({error.message})") from error
+        except BaseException:  # cancelled, or a model of the user's own failed in its own way
+            note_request(request.model, "unfinished")
+            raise
 
     handler: Next = leaf
     for policy in reversed(middleware):

@@ -109,9 +109,11 @@ class Policies:
         given = in_order(self.middleware)
         taken = {place_of(policy) for policy in given} - {"call", "attempt"}
         has_fallback = bool(self.fallbacks) or "fallback" in taken
-        own: list[Middleware] = [self._retry(endpoint, has_fallback=has_fallback)]
+        retry = self._retry(endpoint, has_fallback=has_fallback)
+        own: list[Middleware] = [retry]
         if cache_kind is not None:
-            own.append(Cached(cache_kind))
+            manner = f"{retry.max_retries} {retry.max_wait_s} {retry.patience_s}"
+            own.append(Cached(cache_kind, manner))
         if self.fallbacks:
             on = {} if self.fallback_on is None else {"on": self.fallback_on}
             own.append(Fallback(self.fallbacks, **on))

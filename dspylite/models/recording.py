@@ -87,9 +87,9 @@ class Record:
         """Return how the stream that broke is noted."""
         return error.attempts[-1:] or (failed_attempt(self._request, error, seconds),)
 
-    def _cost(self, response: LMResponse) -> float | None:
-        """Return what an answer cost, if that is known without loading a table."""
-        price = self._lm.price(look_up=False)
+    def _cost(self, response: LMResponse, *, look_up: bool = False) -> float | None:
+        """Return what an answer cost, if that is known; a table is loaded only if it may be."""
+        price = self._lm.price(look_up=look_up)
         if price is None or (price.is_charged and not response.usage.total_tokens):
             return None  # where the server counted nothing, that is not known to cost nothing
         return price.of(response.usage)
@@ -101,10 +101,8 @@ class Record:
             made = response.attempts or (successful_attempt(self._request, response, seconds),)
             response = replace(response, answered_by=self._lm.model, attempts=made)
             if self._budget is not None and not response.cached:
-                price = self._lm.price(look_up=self._budget.limits_money)
-                self._budget.add(
-                    response.usage, None if price is None else price.of(response.usage)
-                )
+                spent = self._cost(response, look_up=self._budget.limits_money)
+                self._budget.add(response.usage, spent)
         tracker = settings.usage_tracker
         if tracker is not None and not is_counted:
             price = self._lm.price(look_up=False)  # another LM of this name may have another one

@@ -29,7 +29,8 @@ class CallCounts:
         answered: Requests that were answered; their tokens are in the usage.
         failed: Requests that failed, whether the call they were made for did or not.
         retried: How many of the requests were made again after such a failure.
-        unfinished: Streams that were left before their end, so that nobody told their tokens.
+        unfinished: Requests that were cancelled, and streams that were left before their end, whose
+            tokens nobody told.
         cached: Calls that took no request: their answer was kept, or on its way to another caller.
         fallbacks: Answers that this model gave in the place of another one.
     """

@@ -15,7 +15,7 @@ import struct
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Self, cast
 
@@ -221,7 +221,12 @@ class FakeServer:
     # -- script ----------------------------------------------------------------------------------
 
     def script(self, *replies: Reply) -> None:
-        """Queue replies for the next requests, one each, in order of arrival."""
+        """Queue replies for the next requests, one each, in order of arrival.
+
+        Raises:
+            TypeError: One is no `Reply`.
+        """
+        _check_replies(replies)
         with self._script_lock:
             self._script.extend(replies)
 
@@ -231,7 +236,11 @@ class FakeServer:
         Args:
             applies: Asked on the server's thread, so it must be quick.
             *replies: One for each request that fits, before anything queued by `script`.
+
+        Raises:
+            TypeError: One is no `Reply`.
         """
+        _check_replies(replies)
         if replies:
             with self._script_lock:
                 self._rules.append((applies, deque(replies)))
@@ -552,3 +561,9 @@ class FakeServer:
 
 def _refusal(status: int, reason: str) -> tuple[Reply, Rendered]:
     return Reply(status=status, text=reason), render_error(status, reason)
+
+
+def _check_replies(replies: Sequence[object]) -> None:
+    for reply in replies:
+        if not isinstance(reply, Reply):
+            raise TypeError(f"{reply!r:.80} is no Reply; write `Reply(text=...)`.")

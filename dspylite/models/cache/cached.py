@@ -53,11 +53,13 @@ class Cached:
 
     Attributes:
         kind: What tells the model's answers from those of others with the same name.
+        manner: How long and how often the model tries: nobody in a hurry waits for a patient one.
     """
 
     place: ClassVar[Place] = "cache"
 
     kind: str
+    manner: str = ""
 
     async def handle(self, request: LMRequest, call_next: Next, io: Io) -> LMResponse:
         """Answer from memory, from disk, from a call under way, or by making the request."""
@@ -75,8 +77,7 @@ class Cached:
             return await self._ask(_Asked(self, request, cache, key, salt), call_next)
         loop = None if io is BLOCKING else current_token().native_token
         # Whoever is in a hurry must not wait for one that has more time.
-        timeout_s = request.params.get("timeout")
-        name = key if timeout_s is None else f"{key} {timeout_s}"
+        name = f"{key} {request.params.get('timeout')} {self.manner}"
         for _ in range(_LEADERS_AWAITED):
             flight, is_leader = cache.flights.join(name, loop)
             if is_leader:
