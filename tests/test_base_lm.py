@@ -328,6 +328,18 @@ def test_repr_shows_that_there_is_a_secret_and_not_which(name: str) -> None:
     assert shown == f"LM('openai/m', temperature=0.5, {name}='...')"
 
 
+def test_repr_hides_secrets_inside_of_parameters() -> None:
+    """Tools on remote servers bring keys and headers of their own (B 7.4)."""
+    lm = dspy.LM(
+        "openai/m",
+        api_base="https://me:hidden@host/v1?api-key=hidden",
+        extra_body={"token": "hidden", "top_k": 3},
+        tools=[{"type": "mcp", "headers": {"Authorization": "Bearer hidden"}}],
+    )
+    assert "hidden" not in repr(lm)
+    assert "'top_k': 3" in repr(lm)
+
+
 @each_secret
 def test_history_keeps_no_secret(name: str) -> None:
     """Histories are printed and saved."""

@@ -197,6 +197,16 @@ def test_settings_callbacks_are_told_before_those_of_the_instance() -> None:
     ]
 
 
+def test_callback_of_both_settings_and_object_is_told_once() -> None:
+    """Told twice, one that counts would count twice, and one that traces would lose a span."""
+    twice = Recorder()
+    program = Outer()
+    program.callbacks = [twice]
+    with dspylite.context(callbacks=[twice], lm=FakeLM(default={"answer": "a"})):
+        program()
+    assert twice.names() == ORDER
+
+
 def test_callbacks_of_one_object_hear_of_that_object_alone() -> None:
     """An LM's listener counts its requests, whoever makes them."""
     on_lm, on_adapter, on_module = Recorder(), Recorder(), Recorder()
@@ -324,6 +334,52 @@ def test_raising_callback_does_not_hide_the_error_of_the_call() -> None:
     lm = FakeLM([LMServerError("down")], callbacks=[Broken()])
     with dspylite.context(lm=lm), pytest.raises(LMServerError, match="down"):
         Outer()()
+
+
+def test_callback_whose_attributes_cannot_be_read_harms_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A proxy of something that is gone raises before there is any method to call (B 4.15)."""
+
+    class Gone:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("gone")
+
+    with dspylite.context(callbacks=[Gone()]):
+        assert FakeLM(["x"])("hi") == ["x"]
+    assert "on_lm_start of Gone failed" in caplog.text
+
+
+def test_async_callback_is_told_to_be_none(caplog: pytest.LogCaptureFixture) -> None:
+    """It would never be run, and Python would warn of each call, somewhere else."""
+
+    class Async(BaseCallback):
+        async def on_lm_start(  # type: ignore[override]
+            self, call_id: str, instance: Any, inputs: dict[str, Any]
+        ) -> None: ...
+
+    with dspylite.context(callbacks=[Async()]):
+        assert [FakeLM(["x"])("hi") for _ in range(3)] == [["x"]] * 3
+    assert caplog.text.count("`on_lm_start` is async, so it is never run") == 1
+
+
+@pytest.mark.parametrize("method", ["on_lm_start", "on_lm_end"])
+def test_ctrl_c_in_a_callback_leaves_no_call_open(method: str, recorder: Recorder) -> None:
+    """Else all later calls of the thread would be told as made by the one that is over."""
+
+    class Stopped:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def stop(**details: Any) -> None:
+                if name == method:
+                    raise KeyboardInterrupt
+
+            return stop
+
+    lm = FakeLM(["x"], callbacks=[recorder])
+    with dspylite.context(callbacks=[Stopped()]), pytest.raises(KeyboardInterrupt):
+        lm("hi")
+    assert recorder.names() == ["lm_start", "lm_end"]
+    assert current_call() is None
 
 
 def test_objects_without_any_handler_are_callbacks_too() -> None:

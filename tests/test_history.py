@@ -216,34 +216,98 @@ def test_entries_tell_when_and_which(server: FakeServer) -> None:
 def test_entry_keeps_the_messages_of_then() -> None:
     """A chat goes on in the same list, and its history must not go on with it."""
     lm = FakeLM()
-    messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "first"}]}]
+    call = {"id": "1", "function": {"name": "find", "arguments": "{}"}}
+    picture = {"type": "image_url", "image_url": {"url": "http://a"}}
+    messages: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "first"}, picture]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    kept = copy.deepcopy(messages)
     lm(messages=messages)
     messages[0]["content"][0]["text"] = "changed"
     messages[0]["role"] = "assistant"
     messages.append({"role": "user", "content": "second"})
-    assert lm.history[0].messages == [
-        {"role": "user", "content": [{"type": "text", "text": "first"}]}
-    ]
+    picture["image_url"] = call["function"] = {"changed": "yes"}
+    messages[1]["tool_calls"].append(call)
+    assert lm.history[0].messages == kept
+
+
+def test_messages_and_parameters_that_hold_themselves_are_kept() -> None:
+    """A model of one's own may take what no server could; the ways through it have no end."""
+    loop: list[Any] = []
+    loop.extend([loop] * 50)
+    message: Any = {"role": "user", "content": loop}
+    history = History()
+    keep_call(
+        model="m",
+        messages=[message],
+        params={"extra_body": {"loop": loop}},
+        response=LMResponse(outputs=(LMOutput(text="a"),)),
+        outputs=["a"],
+        histories=[history],
+    )
+    assert len(history[0].messages[0]["content"]) == 50
+
+
+def test_entry_keeps_the_answer_of_then() -> None:
+    """Callers read the arguments of a tool call in place."""
+    call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    choice = {"index": 0, "finish_reason": "tool_calls", "message": message}
+
+    class Calling(dspy.BaseLM):
+        def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+            return {"model": "m", "choices": [choice]}
+
+    lm = Calling("my/model")
+    answer: Any = lm("hello")[0]
+    answer["tool_calls"][0]["function"]["arguments"] = {"changed": "yes"}
+    assert "changed" not in repr(dict(lm.history[0]))
+
+
+def test_module_that_calls_itself_keeps_each_call_once() -> None:
+    """Its history is open at each depth."""
+
+    class Countdown(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.predict = dspy.Predict("question -> answer")
+
+        def forward(self, depth: int) -> Any:
+            return self(depth=depth - 1) if depth else self.predict(question="q")
+
+    program = Countdown()
+    with dspy.context(lm=FakeLM(default={"answer": "a"})):
+        program(depth=3)
+    assert len(program.history) == 1
 
 
 def test_secrets_inside_of_parameters_are_not_kept() -> None:
     """Tools on remote servers bring keys and headers of their own (B 7.4)."""
     lm = FakeLM()
-    schema = {"properties": {"api_key": {"type": "string"}, "token": {"type": "string"}}}
+    schema = {"properties": {"api_key": {"type": "string"}, "token": {"anyOf": [{}]}}}
     deep: Any = "bottom"
     for _ in range(40):
         deep = [deep]
     lm(
         "hello",
         tools=[
-            {"type": "mcp", "headers": {"Authorization": "Bearer hidden"}, "authorization": "open"},
+            {
+                "type": "mcp",
+                "headers": {"Authorization": "Bearer hidden"},
+                "authorization": "hidden",
+            },
+            {"type": "mcp", "headers": {"type": "x", "Authorization": "hidden", "X-Count": 5}},
+            {"type": "mcp", "server_url": "https://me:hidden@host/sse?v=1&api-key=hidden"},
             {"type": "function", "parameters": schema},
         ],
+        metadata=({"apiKey": "hidden", "x-api-key": "hidden", "token": ["hidden"]},),
         extra_body={"inner": {"api_key": "hidden", "top_k": 3}, "deep": deep},
     )
     kwargs = lm.history[0].kwargs
     assert "hidden" not in repr(kwargs)
-    assert kwargs["tools"][1]["parameters"] == schema
+    assert kwargs["tools"][2]["server_url"] == "https://...@host/sse?v=1&api-key=..."
+    assert kwargs["tools"][3]["parameters"] == schema
     assert kwargs["extra_body"]["inner"] == {"api_key": "[redacted]", "top_k": 3}
     assert "bottom" not in repr(kwargs["extra_body"]["deep"])
 

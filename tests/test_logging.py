@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,23 @@ def test_keys_that_a_server_echoes_are_replaced(
     assert text.count("[redacted]") == 3
     assert KEY[:4] not in text
     assert not [secret for secret in SECRETS if secret in text]
+
+
+def test_variable_taken_away_meanwhile_harms_no_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another thread may change the environment while it is looked through for secrets."""
+
+    class Fleeting(UserDict[str, str]):
+        def __getitem__(self, name: str) -> str:
+            raise KeyError(name)
+
+        def get(self, name: str, default: Any = None) -> Any:
+            return default
+
+    monkeypatch.setattr("os.environ", Fleeting({"GONE_API_KEY": OWN_KEY}))
+    with caplog.at_level(logging.DEBUG, logger="dspylite"):
+        assert FakeLM(["x"])("hello") == ["x"]
 
 
 # --- Nothing of an input above DEBUG -------------------------------------------------------------

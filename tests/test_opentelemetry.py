@@ -4,6 +4,7 @@ Not here: parents as callbacks hear of them (`test_calls.py`).
 """
 
 import contextvars
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -18,8 +19,10 @@ from dataclasses import replace
 from typing import Any
 
 import anyio
+import pydantic
 import pytest
-from opentelemetry import trace
+from opentelemetry import baggage, trace
+from opentelemetry.context import attach, detach
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -43,7 +46,7 @@ from dspylite import (
     with_callbacks,
 )
 from dspylite.errors import SettingsError
-from dspylite.integrations.genai import server_of
+from dspylite.integrations.genai import request_attributes, server_of, written, written_input
 from dspylite.integrations.opentelemetry import OpenTelemetryCallback, instrument
 from dspylite.models.cache.cache import Cache
 from dspylite.models.cache.configure import use_cache
@@ -582,6 +585,14 @@ def test_server_is_the_endpoint_without_what_is_secret_in_it(
     assert (found.get("server.address"), found.get("server.port")) == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "kind"), [({"type": "text"}, "text"), ({"type": "json_object"}, "json")]
+)
+def test_kind_of_output_is_the_one_asked_for(asked: Any, kind: str) -> None:
+    """`{"type": "text"}` is the servers' own default, spelled out."""
+    assert request_attributes({"response_format": asked})["gen_ai.output.type"] == kind
+
+
 def test_span_tells_of_reasoning_and_of_what_the_provider_had_cached(traced: Traced) -> None:
     """They have prices of their own."""
     usage = Usage(
@@ -798,6 +809,66 @@ def test_keys_and_headers_are_in_no_span(server: FakeServer) -> None:
     assert KEY not in everything_said(traced)
 
 
+@dataclasses.dataclass
+class Login:
+    """An input of a user's own class."""
+
+    user: str
+    api_key: str
+
+
+class Account(pydantic.BaseModel):
+    user: str
+    password: str
+
+
+class Given(Module):
+    def forward(self, **_: Any) -> None: ...
+
+
+def test_secrets_are_left_out_of_objects_and_of_deep_places() -> None:
+    """Their texts would tell them, as would that of what is too deep to be written (B 7.4)."""
+    traced = Traced(capture_content=True)
+    deep: Any = {"token": "hidden"}
+    for _ in range(8):
+        deep = {"a": deep}
+    with dspylite.context(callbacks=[traced.callback]):
+        Given()(
+            own=[Login("me", "hidden"), Account(user="me", password="hidden")],
+            deep=deep,
+            headers_of_mine={"Authorization": "hidden", "x-api-key": "hidden", "apiKey": "hidden"},
+        )
+    found = attributes_of(traced.one("Given"))["dspylite.inputs"]
+    assert "hidden" not in found
+    assert json.loads(found)["own"] == [{"user": "me"}, {"user": "me"}]
+
+
+def test_value_that_holds_itself_is_written_in_no_time() -> None:
+    """A graph of objects has more ways through it than anybody could write."""
+    loop: list[Any] = []
+    loop.extend([loop] * 200)
+    assert len(written(loop, 1_000)) <= 1_001
+
+
+def test_content_of_messages_is_cut_in_whatever_form_it_is() -> None:
+    """Tools answer in parts too, and some models give arguments as a dict."""
+    arguments = {"text": "b" * 50_000}
+    picture = {"type": "image_url", "image_url": {"url": "data:" + "i" * 50_000}}
+    messages = [
+        {"role": "user", "content": [picture] * 5_000},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+        {"role": "tool", "content": [{"type": "text", "text": "short"}, picture]},
+    ]
+    found = written_input({"messages": messages}, 1_000)
+    assert len(found) < 2_000
+    answered = json.loads(found)[-1]["parts"][0]["response"]
+    assert answered == [{"type": "text", "content": "short"}, {"type": "image_url"}]
+    assert "b" * 500 in found
+    few = [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"a": [1, None]}}}]}]
+    (part,) = json.loads(written_input({"messages": few}, 1_000))[0]["parts"]
+    assert part["arguments"] == {"a": [1, None]}
+
+
 # --- metrics -------------------------------------------------------------------------------------
 
 
@@ -986,6 +1057,36 @@ def test_callback_travels_without_its_providers() -> None:
     callback = Traced(capture_content=True, max_content_chars=5, adapters=True).callback
     twin = pickle.loads(pickle.dumps(callback))
     assert (twin.capture_content, twin.max_content_chars, twin.adapters) == (True, 5, True)
+
+
+def test_restored_snapshot_of_no_trace_leaves_what_is_current(traced: Traced) -> None:
+    """Another callback may take something along, and the worker has a request of its own."""
+
+    class Other(dspylite.BaseCallback):
+        def carry(self) -> dict[str, str]:
+            return {"request": "1"}
+
+    with dspylite.context(callbacks=[traced.callback, Other()], lm=FakeLM(["x"])):
+        snapshot = dspylite.settings.snapshot()
+    token = attach(baggage.set_baggage("tenant", "a"))
+    with traced.tracer.start_as_current_span("request"), dspylite.settings.restore(snapshot):
+        assert dspylite.settings.lm is not None
+        dspylite.settings.lm("hi")
+        assert baggage.get_baggage("tenant") == "a"
+    detach(token)
+    assert traced.paths() == ["request", "request > chat lm"]
+
+
+def test_two_callbacks_keep_their_traces_apart() -> None:
+    """Where spans go to two places, each place must have the parents of its spans."""
+    both = [Traced(), Traced()]
+    callbacks = [each.callback for each in both]
+    with dspylite.context(callbacks=callbacks, lm=FakeLM(default={"answer": "a"})):
+        Predict("question -> answer")(question="q")
+    for each in both:
+        assert each.paths() == ["Predict", "Predict > chat lm"]
+        each.check_whole()
+    assert not trace.get_current_span().get_span_context().is_valid
 
 
 def test_snapshot_of_no_trace_takes_nothing_along(traced: Traced) -> None:

@@ -114,8 +114,9 @@ def request_attributes(params: Mapping[str, Any]) -> Attributes:
         found["gen_ai.request.stop_sequences"] = [str(each) for each in _listed(stop)]
     if isinstance(count, int) and count != 1:
         found["gen_ai.request.choice.count"] = count
-    if params.get("response_format"):
-        found["gen_ai.output.type"] = "json"
+    if wanted := params.get("response_format"):
+        is_text = isinstance(wanted, Mapping) and wanted.get("type") == "text"
+        found["gen_ai.output.type"] = "text" if is_text else "json"
     return found
 
 
@@ -143,20 +144,26 @@ def _listed(value: Any) -> list[Any]:
 
 def _input_parts(message: Mapping[str, Any]) -> list[Part]:
     content = message.get("content")
-    parts: list[Part] = []
+    parts = _content_parts(content)
     if message.get("role") == "tool":
+        response = parts if isinstance(content, list | tuple) else content
         return [
-            {"type": "tool_call_response", "id": message.get("tool_call_id"), "response": content}
+            {"type": "tool_call_response", "id": message.get("tool_call_id"), "response": response}
         ]
+    return parts + _tool_parts(message.get("tool_calls"))
+
+
+def _content_parts(content: Any) -> list[Part]:
     if isinstance(content, str):
-        parts.append({"type": "text", "content": content})
+        return [{"type": "text", "content": content}]
+    parts: list[Part] = []
     for piece in _listed(content):
         kind = str(piece.get("type")) if isinstance(piece, Mapping) else "text"
         # Pictures and files are named and not copied.
         parts.append(
             {"type": "text", "content": piece["text"]} if kind == "text" else {"type": kind}
         )
-    return parts + _tool_parts(message.get("tool_calls"))
+    return parts
 
 
 def _output_parts(output: LMOutput) -> list[Part]:
@@ -210,24 +217,48 @@ def written_output(response: LMResponse, limit: int) -> str:
 
 def written(value: Any, limit: int) -> str:
     """Write a value as JSON, without what is secret by its name, cut to `limit` characters."""
-    return clipped(json.dumps(_plain(value, limit), ensure_ascii=False, default=str), limit)
+    return clipped(json.dumps(_plain(value, [limit]), ensure_ascii=False, default=str), limit)
 
 
 def _as_json(messages: Sequence[dict[str, Any]], limit: int) -> str:
     """Write messages; if not all have room, the last ones are kept."""
     kept: list[dict[str, Any]] = []
-    left = limit
+    left = [limit]
     for message in reversed(messages):
-        if left <= 0:
+        if left[0] <= 0:
             break
-        for part in message["parts"]:
-            for name in ("content", "response", "arguments"):
-                if isinstance(text := part.get(name), str):
-                    part[name] = clipped(text, max(left, 0))
-                    left -= len(text)
-        left -= len(message["role"])
-        kept.append(message)
+        left[0] -= len(message["role"])
+        kept.append({**message, "parts": _cut_parts(message["parts"], left)})
     return _encodable(json.dumps(kept[::-1], ensure_ascii=False, default=str))
+
+
+def _cut_parts(parts: Sequence[Part], left: list[int]) -> list[Part]:
+    """Cut the texts of parts to what room is left, and leave out those for which there is none."""
+    kept: list[Part] = []
+    for part in parts:
+        if left[0] <= 0:
+            break
+        left[0] -= len(part["type"])
+        kept.append({name: _cut(value, left) for name, value in part.items()})
+    return kept
+
+
+def _cut(value: Any, left: list[int]) -> Any:
+    if isinstance(value, list):
+        return _cut_parts(cast("Sequence[Part]", value), left)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        text = value
+    else:  # arguments that are no text yet
+        room = max(left[0], 1)
+        text = json.dumps(_plain(value, [room]), ensure_ascii=False, default=str)
+        if len(text) <= room:
+            left[0] -= len(text)
+            return _plain(value, [room])
+    room = max(left[0], 0)
+    left[0] -= len(text)
+    return clipped(text, room)
 
 
 def clipped(text: str, limit: int) -> str:
@@ -240,21 +271,53 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _plain(value: Any, limit: int, depth: int = 6) -> Any:
-    """Give a value as JSON knows it, without what is secret by its name and beyond bounds."""
+def _plain(value: Any, left: list[int], depth: int = 6) -> Any:
+    """Give a value as JSON knows it, without what is secret by its name and beyond bounds.
+
+    Args:
+        value: Anything; objects with fields are written as dicts of them.
+        left: How many characters there is room for; counted down, so that what holds itself ends.
+        depth: How deep to look.
+    """
+    left[0] -= 1
     if value is None or isinstance(value, int | float | bool):
         return value
+    if left[0] < 0:
+        return "…"
     if isinstance(value, str):
-        return value[: limit + 1]  # one more, so that the end sees that something is missing
-    items = getattr(value, "items", None)
-    if depth and callable(items) and not isinstance(value, type):
-        pairs = itertools.islice(cast("Iterable[tuple[Any, Any]]", items()), _MOST_ITEMS)
+        return _taken(value, left)
+    pairs = _pairs(value)
+    if pairs is None and not isinstance(value, list | tuple):
+        return _taken(str(value), left)
+    if not depth:
+        return "…"
+    if pairs is not None:
         return {
-            str(name): _plain(each, limit, depth - 1)
-            for name, each in pairs
+            str(name): _plain(each, left, depth - 1)
+            for name, each in itertools.islice(pairs, _MOST_ITEMS)
             if not is_secret(str(name))
         }
-    if depth and isinstance(value, list | tuple):
-        some = cast("Sequence[Any]", value)[:_MOST_ITEMS]
-        return [_plain(each, limit, depth - 1) for each in some]
-    return str(value)[: limit + 1]
+    some = cast("Sequence[Any]", value)[:_MOST_ITEMS]
+    return [_plain(each, left, depth - 1) for each in some]
+
+
+def _taken(text: str, left: list[int]) -> str:
+    found = text[: left[0] + 2]  # one more, so that the end sees that something is missing
+    left[0] -= len(found)
+    return found
+
+
+def _pairs(value: Any) -> Iterable[tuple[Any, Any]] | None:
+    """Give what a value holds by name; None if it holds nothing by name."""
+    if isinstance(value, type):
+        return None
+    items = getattr(value, "items", None)
+    if callable(items):
+        return cast("Iterable[tuple[Any, Any]]", items())
+    named = getattr(type(value), "model_fields", None)  # of pydantic
+    if not isinstance(named, Mapping):
+        named = getattr(value, "__dataclass_fields__", None)
+    if not isinstance(named, Mapping):
+        return None
+    names = cast("Iterable[str]", named)
+    return ((name, getattr(value, name, None)) for name in names)

@@ -60,11 +60,15 @@ class _Mark:
 
     Attributes:
         call_id: The innermost call.
+        span: Its span; None where the call was in another process.
+        owner: The callback whose span that is; there may be several, with providers of their own.
         pid: Of the process that made the mark; a forked child inherits those of its parent.
         before: The context around the call.
     """
 
     call_id: str | None
+    span: Span | None
+    owner: OpenTelemetryCallback
     pid: int
     before: Context
 
@@ -275,7 +279,7 @@ class OpenTelemetryCallback(BaseCallback):
         """Name the current trace and span, as W3C's `traceparent` does."""
         frame = current_call()
         carrier: dict[str, str] = {}
-        around = self._context_below(None if frame is None else frame.call_id)
+        around = self._context_below(None if frame is None else frame.call_id, get_current())
         TraceContextTextMapPropagator().inject(carrier, context=around)
         return carrier
 
@@ -288,8 +292,9 @@ class OpenTelemetryCallback(BaseCallback):
         before = get_current()
         if not carried and not _is_inherited(_mark_of(before)):
             return None
-        found = TraceContextTextMapPropagator().extract(carried, Context())
-        mark = _Mark(None if frame is None else frame.call_id, os.getpid(), before)
+        around = Context() if _is_inherited(_mark_of(before)) else before
+        found = TraceContextTextMapPropagator().extract(carried, around)
+        mark = _Mark(None if frame is None else frame.call_id, None, self, os.getpid(), before)
         attach(set_value(_MARK, mark, found))
 
         def undo() -> None:
@@ -320,21 +325,26 @@ class OpenTelemetryCallback(BaseCallback):
             attributes["dspylite.item_index"] = frame.item_index
         if content is not None:
             attributes.update(self._shown("dspylite.inputs", content))
-        around = self._context_below(frame.parent_id)
+        before = get_current()
+        made = _mark_of(before)
+        if made is not None and made.call_id == call_id:
+            before = made.before  # another callback has begun its span of this very call
+        around = self._context_below(frame.parent_id, before)
         span = self._tracer.start_span(name, context=around, kind=kind, attributes=attributes)
         self._open[call_id] = _Open(span, time.perf_counter(), frame.parent_id, shared)
-        mark = _Mark(call_id, os.getpid(), get_current())
+        mark = _Mark(call_id, span, self, os.getpid(), before)
         attach(set_value(_MARK, mark, trace.set_span_in_context(span, around)))
         if len(self._open) > self.max_open_calls:
             self._abandon_oldest()
 
-    def _context_below(self, parent_id: str | None) -> Context:
+    def _context_below(self, parent_id: str | None, current: Context) -> Context:
         """Return the context that a call made by another one belongs to."""
-        current = get_current()
         mark = _mark_of(current)
         is_inherited = _is_inherited(mark)
         if mark is not None and not is_inherited and mark.call_id == parent_id:
-            return current
+            is_of_another = mark.owner is not self and trace.get_current_span(current) is mark.span
+            if not is_of_another:
+                return current
         known = None if parent_id is None else self._open.get(parent_id)
         if known is not None:
             return trace.set_span_in_context(known.span, current)

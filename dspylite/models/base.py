@@ -20,7 +20,7 @@ from dspylite.models.middleware import (
     chain,
     in_order,
 )
-from dspylite.models.parameters import check_params, without_userinfo
+from dspylite.models.parameters import check_params
 from dspylite.models.policies import POLICY_NAMES, Policies
 from dspylite.models.recording import (
     BudgetCheck,
@@ -43,8 +43,7 @@ from dspylite.schema.messages import (
     LMResponse,
     Message,
     Usage,
-    is_secret,
-    without_secrets,
+    shown_params,
 )
 
 ModelType = Literal["chat", "text", "responses"]
@@ -243,7 +242,7 @@ class BaseLM:
                 if deadline_s is None
                 else check_deadline("deadline_s", deadline_s)
             ),
-            Observed("lm", self, {"messages": messages, **without_secrets(params)}) as call,
+            Observed("lm", self, {"messages": messages, **shown_params(params)}) as call,
         ):
             started = io.now()
             response = await self._handler(io, request)(request)
@@ -412,8 +411,8 @@ class BaseLM:
 
     def __repr__(self) -> str:
         shown = {
-            name: "..." if is_secret(name) else without_userinfo(value)
-            for name, value in self.kwargs.items()
+            **dict.fromkeys(self.kwargs, "..."),  # the secret ones named too
+            **shown_params(self.kwargs),
         }
         inside = "".join(f", {name}={value!r}" for name, value in shown.items())
         return f"{type(self).__name__}({self.model!r}{inside})"

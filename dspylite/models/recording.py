@@ -6,6 +6,7 @@ Not here: the call (`base.py`), and what counts and keeps (`runtime/`).
 from __future__ import annotations
 
 from contextvars import copy_context
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol, cast
@@ -218,5 +219,5 @@ def _plain_output(output: LMOutput) -> str | dict[str, Any]:
     if output.reasoning:
         plain["reasoning_content"] = output.reasoning
     if output.tool_calls:
-        plain["tool_calls"] = [dict(call) for call in output.tool_calls]
+        plain["tool_calls"] = deepcopy(list(output.tool_calls))
     return plain

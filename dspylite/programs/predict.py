@@ -31,7 +31,7 @@ from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import record_trace
-from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage, without_secrets
+from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage, shown_params
 from dspylite.schema.records import Example, Prediction
 from dspylite.schema.signature import (
     AnySignature,
@@ -170,7 +170,7 @@ class Predict(Typed[P, S]):
         shown = super()._shown(args, kwargs)
         config = shown.get("config")
         if isinstance(config, Mapping) and "config" not in self.signature.input_fields:
-            shown["config"] = without_secrets(config)
+            shown["config"] = shown_params(config)
         return shown
 
     async def _body(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,8 @@ class BaseCallback:
     tells the parent and the batch item. A callback that raises is logged, once, and never harms the
     call. Callbacks run on the thread or task that makes the call, so they must not block.
 
-    Those of the settings are told before those of the object called, each in the order given.
+    Those of the settings are told before those of the object called, each in the order given. One
+    that is in both is told once.
 
     Example:
         >>> from dspylite.models.lm import OfflineLM
@@ -185,7 +186,11 @@ class Observed:
                 method=self._method,
             )
             self._token = CURRENT_CALL.set(self._frame)
-            self._tell("start", instance=self._instance, inputs=self._inputs)
+            try:
+                self._tell("start", instance=self._instance, inputs=self._inputs)
+            except BaseException as error:  # Ctrl-C in a callback: the end is told too
+                self.__exit__(type(error), error, error.__traceback__)
+                raise
         return self
 
     def __exit__(
@@ -196,14 +201,16 @@ class Observed:
     ) -> None:
         if self._token is None:
             return
-        if exc is not None or not self._is_left_open:
-            self._tell("end", outputs=self.outputs, exception=exc)
-        else:
-            self._tell_all("on_call_left_open")
         try:
-            CURRENT_CALL.reset(self._token)
-        except ValueError:
-            pass  # a generator closed from another context: its frame ended with its own context
+            if exc is not None or not self._is_left_open:
+                self._tell("end", outputs=self.outputs, exception=exc)
+            else:
+                self._tell_all("on_call_left_open")
+        finally:
+            try:
+                CURRENT_CALL.reset(self._token)
+            except ValueError:
+                pass  # a generator closed from another context: its frame ended with that context
 
     @property
     def is_heard(self) -> bool:
@@ -223,13 +230,24 @@ class Observed:
             self._tell_all(f"on_{self._kind}_{moment}", **details)
 
     def _tell_all(self, method: str, **details: Any) -> None:
-        if self._frame is not None:
-            for callback in self._callbacks:
+        if self._frame is None:
+            return
+        stopped: BaseException | None = None
+        for callback in self._callbacks:
+            try:
                 tell(callback, method, call_id=self._frame.call_id, **details)
+            except BaseException as error:  # noqa: BLE001  # Ctrl-C; raised when all have been told
+                stopped = stopped or error
+        if stopped is not None:
+            raise stopped
 
 
 def _listeners(instance: Any) -> tuple[Any, ...]:
-    return (*settings.callbacks, *(getattr(instance, "callbacks", None) or ()))
+    """Return who is told of the calls of an object, each once."""
+    of_all, own = settings.callbacks, getattr(instance, "callbacks", None)
+    if not own:
+        return of_all
+    return (*of_all, *(each for each in own if not any(each is other for other in of_all)))
 
 
 # --- Methods of users' own classes ---------------------------------------------------------------

@@ -22,8 +22,8 @@ from typing import Any
 
 from dspylite.errors import clip
 from dspylite.runtime.settings import overlay_with, settings
-from dspylite.schema.messages import LMResponse, Message, is_secret, without_secrets
-from dspylite.schema.secrets import REDACTED, redact, secrets_of
+from dspylite.schema.messages import LMResponse, Message, shown_params
+from dspylite.schema.secrets import redact, secrets_of
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +281,10 @@ class recording_in:  # noqa: N801  # used like the functions of contextlib
         self._history = history
 
     def __enter__(self) -> None:
-        self._token = _OPEN.set((*_OPEN.get(), self._history))
+        found = _OPEN.get()
+        # A module that calls itself keeps its calls once.
+        is_open = any(each is self._history for each in found)
+        self._token = _OPEN.set(found if is_open else (*found, self._history))
 
     def __exit__(
         self,
@@ -332,7 +335,7 @@ def keep_call(
             messages=[_of_now(message) for message in messages],
             outputs=tuple(outputs),
             usage=response.usage.as_dict(),
-            kwargs=_shown(params),
+            kwargs=shown_params(params),
             response=_plain(response) if redaction is None else None,
             cost=0.0 if response.cached else cost,
             response_model=response.model or model,
@@ -358,11 +361,29 @@ def keep_call(
 
 def _of_now(message: Message) -> Message:
     """Copy what a caller who goes on with the chat may change; texts are shared."""
-    copy: Any = dict(message) if isinstance(message, dict) else message
-    if isinstance(message, dict) and isinstance(content := message.get("content"), list):
-        copy["content"] = [dict(part) if isinstance(part, dict) else part for part in content]
-    own: Message = copy
+    copied: Any = message
+    if isinstance(message, dict):
+        inside = {
+            name: _copied(value, {})
+            for name, value in message.items()
+            if isinstance(value, dict | list)
+        }
+        copied = {**message, **inside}
+    own: Message = copied
     return own
+
+
+def _copied(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
+    if not isinstance(value, dict | list) or depth > _MAX_DEPTH:
+        return value
+    if id(value) not in seen:  # each once, so that what holds itself ends
+        seen[id(value)] = value
+        seen[id(value)] = (
+            {name: _copied(each, seen, depth + 1) for name, each in value.items()}
+            if isinstance(value, dict)
+            else [_copied(each, seen, depth + 1) for each in value]
+        )
+    return seen[id(value)]
 
 
 def _plain(response: LMResponse) -> LMResponse:
@@ -378,36 +399,6 @@ def _plain(response: LMResponse) -> LMResponse:
         attempts=response.attempts,
         cached=response.cached,
     )
-
-
-def _shown(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters without keys and headers, also where they stand inside of one."""
-    return {
-        name: _shown_inside(value) if isinstance(value, dict | list) else value
-        for name, value in without_secrets(params).items()
-    }
-
-
-def _shown_inside(value: Any, depth: int = 0) -> Any:
-    if depth > _MAX_DEPTH:
-        return "…"
-    if isinstance(value, dict):
-        return {
-            name: REDACTED
-            if isinstance(name, str) and is_secret(name) and _holds_texts(each)
-            else _shown_inside(each, depth + 1)
-            for name, each in value.items()
-        }
-    if isinstance(value, list):
-        return [_shown_inside(each, depth + 1) for each in value]
-    return value
-
-
-def _holds_texts(value: Any) -> bool:
-    """Tell a secret from the JSON schema of a tool's parameter that is named like one."""
-    if isinstance(value, dict):
-        return "type" not in value and all(isinstance(each, str) for each in value.values())
-    return isinstance(value, str)
 
 
 _TOLD: set[tuple[str, str]] = set()

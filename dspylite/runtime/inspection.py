@@ -29,7 +29,7 @@ _CSS: Mapping[Style, str] = {"quiet": "opacity:0.6", "title": "color:#b33", "ans
 # Control characters move a terminal's cursor, set its title, or worse; those of Unicode's
 # bidirectional text show it in another order than it is in.
 _HARMFUL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 

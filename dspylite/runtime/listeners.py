@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
+from types import CoroutineType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -22,12 +23,16 @@ def tell(listener: Any, method: str, /, *args: Any, **details: Any) -> Any:
     The first failure of a method is a warning in the log. Later ones, of whatever instance of the
     class, are logged at DEBUG: a broken listener fails at every call, and says the same each time.
     """
-    handler = getattr(listener, method, None)
-    if handler is None:
-        return None
     handled = sys.exception()
     try:
-        return handler(*args, **details)
+        handler = getattr(listener, method, None)
+        if handler is None:
+            return None
+        told = handler(*args, **details)
+        if isinstance(told, CoroutineType):
+            told.close()  # else each call would warn of it once more
+            raise TypeError(f"`{method}` is async, so it is never run; make it a plain function.")
+        return told
     except Exception as error:  # reported here; a listener must never harm the call it listens to
         _part_from(error, handled)
         is_first = _is_first_failure(type(listener), method)

@@ -9,9 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dspylite.schema.messages import is_secret
-
-REDACTED = "[redacted]"
+from dspylite.schema.messages import REDACTED, is_secret
 
 MIN_SECRET_CHARS = 6
 """Shorter "secrets" (a local server's `none`) would blot out ordinary words."""
@@ -33,7 +31,9 @@ def redact(text: str, secrets: Iterable[str]) -> str:
 def secrets_of(arguments: Mapping[str, Any]) -> list[str]:
     """Return every string that no error or log may show: the call's own and the environment's."""
     found: list[Any] = []
-    for name, value in (*arguments.items(), *os.environ.items()):
+    # Another thread may take a variable away meanwhile, at which `items` would fail.
+    environment = ((name, os.environ.get(name)) for name in os.environ)
+    for name, value in (*arguments.items(), *environment):
         if is_secret(name):
             found += value.values() if isinstance(value, Mapping) else [value]
     # A key read from a file may end in a line break, which is quoted otherwise or not at all.
