@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from dspylite.models.direct.providers import provider_of
 from dspylite.runtime.frames import current_call
-from dspylite.schema.messages import LMOutput, LMResponse, Usage, is_secret
+from dspylite.schema.messages import LMOutput, LMResponse, Usage
+from dspylite.schema.secrets import is_secret
 
 Attributes = dict[str, Any]
 

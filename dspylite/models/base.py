@@ -38,13 +38,8 @@ from dspylite.runtime.history import History
 from dspylite.runtime.inspection import pretty_print_history
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.workers import call_in_thread
-from dspylite.schema.messages import (
-    LMRequest,
-    LMResponse,
-    Message,
-    Usage,
-    shown_params,
-)
+from dspylite.schema.messages import LMRequest, LMResponse, Message, Usage
+from dspylite.schema.secrets import shown_params
 
 ModelType = Literal["chat", "text", "responses"]
 

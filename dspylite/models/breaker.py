@@ -25,7 +25,8 @@ from dspylite.models.limits import check_count, was_sent
 from dspylite.models.streams import WatchedStream
 from dspylite.runtime.clock import CLOCK
 from dspylite.runtime.forks import watch_forks
-from dspylite.schema.messages import REDACTED, DeltaSource, LMRequest, LMResponse
+from dspylite.schema.messages import DeltaSource, LMRequest, LMResponse
+from dspylite.schema.secrets import REDACTED
 
 State = Literal["closed", "open", "half_open"]
 Outcome = Literal["success", "failure", "unknown"]

@@ -23,7 +23,8 @@ from dspylite.errors import (
 )
 from dspylite.models.middleware import Place, failed_attempt, successful_attempt
 from dspylite.runtime.tracking import note_request
-from dspylite.schema.messages import Attempt, LMRequest, LMResponse, without_secrets
+from dspylite.schema.messages import Attempt, LMRequest, LMResponse
+from dspylite.schema.secrets import without_secrets
 
 _NOT_PASSED_ON = frozenset({"api_base", "base_url", "api_version", "organization", "deadline_s"})
 """What, beside keys and headers, is for the first model alone: its endpoint and account, and the

@@ -31,8 +31,9 @@ from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import record_trace
-from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage, shown_params
+from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage
 from dspylite.schema.records import Example, Prediction
+from dspylite.schema.secrets import shown_params
 from dspylite.schema.signature import (
     AnySignature,
     Field,

@@ -22,8 +22,8 @@ from typing import Any
 
 from dspylite.errors import clip
 from dspylite.runtime.settings import overlay_with, settings
-from dspylite.schema.messages import LMResponse, Message, shown_params
-from dspylite.schema.secrets import redact, secrets_of
+from dspylite.schema.messages import LMResponse, Message
+from dspylite.schema.secrets import redact, secrets_of, shown_params
 
 logger = logging.getLogger(__name__)
 

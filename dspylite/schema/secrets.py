@@ -1,15 +1,99 @@
-"""What must not be shown: how known secrets are found in a text and replaced.
+"""What must not be shown: which parameter is secret by its name, and known secrets in a text.
 
-Not here: which parameter is one by its name (`schema/messages.py`).
+Not here: the messages themselves (`schema/messages.py`).
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dspylite.schema.messages import REDACTED, is_secret
+REDACTED = "[redacted]"
+
+_USER_INFO = re.compile(r"://[^/@\s]+@")
+_SECRET_NAME = re.compile(
+    r"(^|[_-])(key|token|secret|password|credentials|headers|authorization)$"
+    r"|(api|access)-?key$|(access|auth|refresh|session)-?token$|client-?secret$",  # as in `apiKey`
+    re.IGNORECASE,
+)
+_SECRET_IN_QUERY = re.compile(  # bounded, so that no text takes longer than it is long
+    r"([?&][^=?&#\s]{0,50}(?:key|token|secret|password|sig|signature)=)[^&#\s]+", re.IGNORECASE
+)
+_SCHEMA_WORDS = frozenset({"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"})
+
+_MAX_DEPTH = 16
+"""Deepest place in a parameter that is looked at; a guess beyond what providers take."""
+
+
+@functools.lru_cache(maxsize=512)  # asked for each parameter of each call
+def is_secret(name: str) -> bool:
+    """Tell by its name whether a request parameter holds what nobody may see.
+
+    Example:
+        >>> [is_secret(name) for name in ("api_key", "extra_headers", "max_tokens")]
+        [True, True, False]
+    """
+    return _SECRET_NAME.search(name) is not None
+
+
+def without_secrets(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that may go elsewhere: to another model, or to be shown."""
+    return {name: value for name, value in params.items() if not is_secret(name)}
+
+
+def shown_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters as they may be shown: no secrets, also inside of one or in a URL.
+
+    Example:
+        >>> shown_params({"api_key": "k", "n": 2, "extra_body": {"token": "t"}})
+        {'n': 2, 'extra_body': {'token': '[redacted]'}}
+    """
+    seen: dict[int, Any] = {}
+    return {name: _shown(value, seen) for name, value in without_secrets(params).items()}
+
+
+def _shown(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
+    if isinstance(value, str):
+        return shown_url(value)
+    if not isinstance(value, dict | list | tuple):
+        return value
+    if depth > _MAX_DEPTH:
+        return "…"
+    if id(value) not in seen:  # each once, so that what holds itself ends
+        seen[id(value)] = "…"
+        if isinstance(value, dict):
+            seen[id(value)] = {
+                name: REDACTED
+                if isinstance(name, str) and is_secret(name) and _holds_secret(each)
+                else _shown(each, seen, depth + 1)
+                for name, each in value.items()
+            }
+        else:
+            seen[id(value)] = [_shown(each, seen, depth + 1) for each in value]
+    return seen[id(value)]
+
+
+def _holds_secret(value: Any) -> bool:
+    """Tell a secret from the JSON schema of a tool's parameter that is named like one."""
+    if isinstance(value, dict):
+        return not _SCHEMA_WORDS & value.keys()
+    return isinstance(value, str | bytes | list | tuple)
+
+
+def shown_url(text: str) -> str:
+    """Hide `user:password@` of a URL, and what is secret in its query.
+
+    Example:
+        >>> shown_url("https://me:pw@example.org/v1?api-key=k&version=2")
+        'https://...@example.org/v1?api-key=...&version=2'
+    """
+    if "://" not in text:
+        return text
+    return _SECRET_IN_QUERY.sub(r"\1...", _USER_INFO.sub("://...@", text))
+
 
 MIN_SECRET_CHARS = 6
 """Shorter "secrets" (a local server's `none`) would blot out ordinary words."""

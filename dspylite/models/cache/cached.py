@@ -28,14 +28,7 @@ from dspylite.runtime.frames import is_second_start
 from dspylite.runtime.loops import STANDING_STILL, running_library
 from dspylite.runtime.settings import settings
 from dspylite.runtime.workers import holds_worker
-from dspylite.schema.messages import (
-    Attempt,
-    DeltaSource,
-    LMRequest,
-    LMResponse,
-    Usage,
-    Verdict,
-)
+from dspylite.schema.messages import Attempt, DeltaSource, LMRequest, LMResponse, Usage, Verdict
 
 logger = logging.getLogger(__name__)
 
