@@ -392,6 +392,38 @@ def test_a_salt_that_is_none_is_made_anew(tmp_path: Path, cache_in: MakeCache) -
         assert (directory / "salt").stat().st_size == 32
 
 
+def test_a_file_system_without_links_has_a_salt_too(
+    tmp_path: Path, cache_in: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B 5.3: or the answers of a key would be lost with each process."""
+
+    def refuse(source: object, target: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    made = cache_in(tmp_path / "c").salt(make=True)
+    assert cache_in(tmp_path / "c").salt(make=True) == made
+    assert (tmp_path / "c" / "salt").read_bytes() == made
+    assert [file.name for file in (tmp_path / "c").iterdir()] == ["salt"]
+    assert mode_of(tmp_path / "c" / "salt") == 0o600
+
+
+def test_a_salt_that_another_process_made_meanwhile_is_taken(
+    tmp_path: Path, cache_in: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B 5.3: one that is there already is used somewhere, and never replaced."""
+    file = tmp_path / "c" / "salt"
+    link = os.link
+
+    def be_late(source: Path, target: Path) -> None:
+        file.write_bytes(b"s" * 32)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", be_late)
+    assert cache_in(tmp_path / "c").salt(make=True) == b"s" * 32
+    assert file.read_bytes() == b"s" * 32
+
+
 def test_only_bytes_are_in_the_database(
     server: FakeServer, tmp_path: Path, cache_in: MakeCache
 ) -> None:

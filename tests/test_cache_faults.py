@@ -21,9 +21,11 @@ from pathlib import Path
 
 import pytest
 
+import dspylite as dspy
 from dspylite.models.cache import store
+from dspylite.models.cache.cache import Cache
 from dspylite.models.cache.connections import fault_of, inode_of
-from dspylite.models.cache.contract import DamagedError, UnavailableError
+from dspylite.models.cache.contract import BusyError, DamagedError, UnavailableError
 from dspylite.models.cache.disk import DiskTable
 from dspylite.testing import FakeServer
 from tests.cache_tools import (
@@ -41,8 +43,8 @@ from tests.cache_tools import (
 IS_FULL = os.environ.get("DSPYLITE_SOAK") == "1"
 DAMAGES = 1_000 if IS_FULL else 100
 ROWS = range(40)
-FEW = 10
-"""Rows that damage has made one go on driving each other out, so not all of them settle."""
+ROUNDS = 9
+"""Damage that a row brings to light is dealt with at once; some needs a few of them. Seen: 4."""
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="uses /proc, prctl and rlimits of Linux")
 
@@ -99,6 +101,25 @@ def overwrite(file: Path, offset: int, data: bytes) -> None:
         opened.write(data)
 
 
+def rounds_until_settled(server: FakeServer, lm: dspy.LM, cache: Cache) -> list[int]:
+    """Ask everything until all of it is kept; return how many questions were asked anew each time.
+
+    A disk that fails must not be left alone meanwhile.
+    """
+    rounds: list[int] = []
+    while not rounds or rounds[-1]:
+        assert len(rounds) < ROUNDS, (rounds, cache.stats())
+        rounds.append(asked_anew(server, lm, ROWS))
+        assert cache.flush(20)
+    return rounds
+
+
+@pytest.fixture
+def unforgiving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a disk that failed be used again at once, not a second later."""
+    monkeypatch.setattr(store, "_ALONE_S", 0.0)
+
+
 # --- Damage --------------------------------------------------------------------------------------
 
 
@@ -111,6 +132,7 @@ def test_a_good_copy_answers_everything(
         assert asked_anew(server, lm_of(server.base_url), ROWS) == 0
 
 
+@pytest.mark.usefixtures("unforgiving")
 @pytest.mark.parametrize("name", ["cache.db", "cache.db-wal"])
 def test_damage_anywhere_gives_no_wrong_answer(
     server: FakeServer,
@@ -119,10 +141,8 @@ def test_damage_anywhere_gives_no_wrong_answer(
     tmp_path: Path,
     cache_in: MakeCache,
     name: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """B 5.4: bytes changed at random are found in the row, or the file is set aside."""
-    monkeypatch.setattr(store, "_ALONE_S", 0.0)  # a disk that fails is left alone for a second
     chance = random.Random(54)
     lm = lm_of(server.base_url)
     aside = anew = 0
@@ -133,12 +153,7 @@ def test_damage_anywhere_gives_no_wrong_answer(
         offset = chance.choice((chance.randrange(200), chance.randrange(file.stat().st_size)))
         overwrite(file, offset, chance.randbytes(length))
         cache = cache_in(directory)
-        rounds: list[int] = []
-        while not rounds or (rounds[-1] >= FEW and len(rounds) < 9):  # some is found later
-            rounds.append(asked_anew(server, lm, ROWS))
-            assert cache.flush(20)
-        assert rounds[-1] < FEW, (number, offset, length)
-        anew += sum(rounds)
+        anew += sum(rounds_until_settled(server, lm, cache))
         aside += (directory / "damaged").exists()
         assert cache.stats().damaged >= (directory / "damaged").exists()
         cache.close()
@@ -147,6 +162,7 @@ def test_damage_anywhere_gives_no_wrong_answer(
     assert name.endswith("-wal") or DAMAGES // 5 < aside < DAMAGES
 
 
+@pytest.mark.usefixtures("unforgiving")
 @pytest.mark.parametrize("name", ["cache.db", "cache.db-wal"])
 def test_damage_while_it_is_open_gives_no_wrong_answer(
     server: FakeServer, killed: Path, tmp_path: Path, cache_in: MakeCache, name: str
@@ -168,13 +184,12 @@ def test_damage_while_it_is_open_gives_no_wrong_answer(
             cache.flush(20)
         cache.close()
         cache = cache_in(directory)
-        ask(lm, ROWS)
-        assert cache.flush(20)
-        assert asked_anew(server, lm, ROWS) < FEW
+        rounds_until_settled(server, lm, cache)
         cache.close()
         shutil.rmtree(directory)
 
 
+@pytest.mark.usefixtures("unforgiving")
 @pytest.mark.parametrize("is_open", [False, True])
 @pytest.mark.parametrize("name", ["cache.db", "cache.db-wal"])
 def test_a_file_cut_short_gives_no_wrong_answer(
@@ -203,9 +218,7 @@ def test_a_file_cut_short_gives_no_wrong_answer(
         ask(lm, ROWS)
         cache.close()
         cache = cache_in(directory)
-        ask(lm, ROWS)
-        assert cache.flush(20)
-        assert asked_anew(server, lm, ROWS) < FEW, (number, length)
+        rounds_until_settled(server, lm, cache)
         cache.close()
         shutil.rmtree(directory)
 
@@ -243,6 +256,116 @@ def test_the_next_file_is_not_set_aside_for_the_last_ones_damage(tmp_path: Path)
     late.inode = inode_of(table.file)
     assert table.set_aside(late)
     table.close()
+
+
+def test_no_reader_stays_at_a_file_that_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B 5.4: one that is opened in the last moment would not see what is kept in the next file."""
+    table = DiskTable(tmp_path / "c", 10**6)
+    table.put([("key", b"row")])
+    rename = Path.rename
+
+    def read_first(path: Path, target: Path) -> Path:
+        assert table.get("key", 1) == b"row"
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", read_first)
+        assert table.set_aside(DamagedError())
+    table.put([("next", b"row")])
+    assert table.get("next", 1) == b"row"
+    table.close()
+
+
+def index_root(file: Path) -> int:
+    with closing(sqlite3.connect(file)) as connection:
+        (page,) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'Cache_key_raw'"
+        ).fetchone()
+    return 4096 * (int(page) - 1)
+
+
+@pytest.mark.usefixtures("unforgiving")
+@pytest.mark.parametrize("what", ["an index that lies", "a later version"])
+def test_a_file_that_takes_no_rows_is_damaged_if_not_full(
+    tmp_path: Path, cache_in: MakeCache, what: str
+) -> None:
+    """B 5.4: one changed byte makes sqlite say "disk is full" or "read-only", for good."""
+    directory = tmp_path / "c"
+    cache = cache_in(directory)
+    put_rows(cache, ROWS)
+    cache.close()
+    file = database(directory)
+    if what == "a later version":
+        overwrite(file, 18, b"\x09")
+    else:
+        overwrite(file, index_root(file) + 16, b"\x00")
+    cache = cache_in(directory)
+    for _ in range(3):
+        put_rows(cache, [number for number in range(60) if not right_rows(cache, [number])])
+    assert right_rows(cache, range(60)) == 60
+    assert cache.stats().damaged == 1
+
+
+def test_a_call_amid_the_handling_of_an_error_takes_no_lock_for_damage(
+    closed: Path, tmp_path: Path, cache_in: MakeCache
+) -> None:
+    """B 5.4: programs call models inside of `except` too, and that error is none of the disk's."""
+    directory = copy_of(closed, tmp_path / "c")
+    cache = cache_in(directory)
+    with lock_on(database(directory), "OWNED"):
+        try:
+            raise ValueError("of the program")
+        except ValueError:
+            assert cache.get({"number": 1}) is None
+    assert cache.flush(20)
+    assert (cache.stats().damaged, cache.stats().timeouts) == (0, 1)
+    assert not (directory / "damaged").exists()
+
+
+def test_a_new_file_that_is_locked_is_not_damaged(tmp_path: Path, cache_in: MakeCache) -> None:
+    """B 5.4: rows that meet damage, and then a lock on the file begun anew, wait for it."""
+    directory = tmp_path / "c"
+    good = cache_in(tmp_path / "good")
+    put_rows(good, ROWS)
+    good.close()
+    (directory / "v1").mkdir(parents=True)
+    database(directory).write_bytes(b"x" * 5_000)
+    cache = cache_in(directory)
+    table = DiskTable(directory, 10**6)
+    with lock_on(database(tmp_path / "good"), "IMMEDIATE"):
+        with pytest.raises(DamagedError) as raised:
+            table.put([("key", b"row")])
+        try:
+            raise raised.value
+        except DamagedError as damage:
+            table.set_aside(damage)
+            (tmp_path / "good" / "v1").rename(directory / "v1")
+            with pytest.raises(BusyError):
+                table.put([("key", b"row")])
+    table.close()
+    assert right_rows(cache, ROWS) == 40
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (sqlite3.SQLITE_FULL, UnavailableError),
+        (sqlite3.SQLITE_IOERR_WRITE, UnavailableError),
+        (sqlite3.SQLITE_READONLY, UnavailableError),
+        (sqlite3.SQLITE_BUSY_SNAPSHOT, BusyError),
+        (sqlite3.SQLITE_LOCKED, BusyError),
+        (sqlite3.SQLITE_CORRUPT_INDEX, DamagedError),
+        (sqlite3.SQLITE_NOTADB, DamagedError),
+        (sqlite3.SQLITE_CONSTRAINT_UNIQUE, DamagedError),
+    ],
+)
+def test_each_failure_of_sqlite_is_one_of_three(code: int, kind: type[Exception]) -> None:
+    """B 5.4: only damage sets a file aside; a full or locked one is good."""
+    error = sqlite3.OperationalError("said by sqlite")
+    error.sqlite_errorcode = code
+    assert type(fault_of(error)) is kind
 
 
 def fill_and_roll_back_twice(connection: sqlite3.Connection) -> None:
@@ -351,6 +474,27 @@ def test_no_call_waits_for_another_processs_lock(
     assert asked_anew(server, lm, range(60)) == 0
     assert cache.stats().damaged == 0
     assert cache.stats().dropped_writes == 0
+
+
+def test_a_locked_file_is_not_read_without_its_log(closed: Path, tmp_path: Path) -> None:
+    """B 5.4: only where nothing may be written; another's writes could be read half done."""
+    directory = copy_of(closed, tmp_path / "c")
+    table = DiskTable(directory, 10**6)
+    with lock_on(database(directory), "OWNED"), pytest.raises(BusyError):
+        table.get("key", 0.25)
+    table.close()
+
+
+def test_no_lock_is_lost_by_opening_the_file_once_more(tmp_path: Path, cache_in: MakeCache) -> None:
+    """B 5.6: closing a file lets go of all of a process's locks on it, sqlite's among them."""
+    cache = cache_in(tmp_path / "c")
+    put_rows(cache, [1])
+    cache.close()
+    assert right_rows(cache, [1]) == 1  # a reader, which keeps its lock
+    put_rows(cache, [2])
+    process = python(HOLD, database(tmp_path / "c"), "OWNED")
+    _, err = process.communicate("\n", timeout=20)
+    assert "database is locked" in err
 
 
 def test_a_lock_that_stays_does_not_hold_up_the_end(closed: Path, tmp_path: Path) -> None:

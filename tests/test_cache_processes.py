@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from dspylite.testing import FakeServer
-from tests.cache_tools import MakeCache, asked_anew, lm_of, python, right_rows, said_by, start
+from tests.cache_tools import (
+    SPAWN_LIMIT_S,
+    MakeCache,
+    asked_anew,
+    lm_of,
+    python,
+    right_rows,
+    said_by,
+    start,
+)
 
 IS_FULL = os.environ.get("DSPYLITE_SOAK") == "1"
 PROCESSES = 16
@@ -111,12 +120,51 @@ def test_processes_that_start_at_once_share_one_salt(
     salts = {said_by(process).strip() for process in processes}
     assert salts == {(directory / "salt").read_bytes().hex()}
     assert len(server.requests) == PROCESSES * 3
-    cache_in(directory)
+    cache = cache_in(directory)
     lm = lm_of(server.base_url)
-    assert asked_anew(server, lm, range(PROCESSES * 3)) == 0
+    assert asked_anew(server, lm, range(PROCESSES * 3)) == 0, cache.stats()
     other = lm_of(server.base_url, api_key="sk-of-another-tenant-000")
     assert asked_anew(server, other, range(3)) == 3
     assert {path.name for path in directory.iterdir()} == {"salt", "v1"}
+
+
+# --- Ends ---
+
+END = """
+import sys
+from pathlib import Path
+from dspylite.models.cache.cache import Cache
+from tests.cache_tools import put_rows, question, right_rows
+cache = Cache(disk_cache_dir=Path(sys.argv[1]), enable_memory_cache=False)
+if sys.argv[2] != "reads":
+    put_rows(cache, range(5))
+assert right_rows(cache, range(5)) == 5
+
+class Late:
+    def __init__(self, cache):
+        self.cache = cache
+    def __del__(self):
+        self.cache.put({"number": 7}, {"says": 7})
+        print(self.cache.get({"number": 1}), self.cache.flush(1), flush=True)
+
+if sys.argv[2] == "late":
+    late = Late(Cache(disk_cache_dir=Path(sys.argv[1]), enable_memory_cache=False))
+"""
+
+
+@pytest.mark.parametrize("what", ["writes", "reads", "late"])
+def test_a_process_that_ends_closes_its_files(tmp_path: Path, what: str) -> None:
+    """B 5.4: no log is left for others to read first, nothing warns, and nothing hangs.
+
+    Python 3.11 waits for ever for a thread that is started when the interpreter ends.
+    """
+    directory = tmp_path / "c"
+    said_by(python(END, directory, "writes"))
+    process = python(END, directory, what, flags=("-X", "dev", "-W", "error"))
+    out, err = process.communicate(timeout=SPAWN_LIMIT_S)
+    assert (process.returncode, err) == (0, "")
+    assert out == ("None True\n" if what == "late" else "")
+    assert [file.name for file in (directory / "v1").iterdir()] == ["cache.db"]
 
 
 # --- Forks ---------------------------------------------------------------------------------------
@@ -124,8 +172,9 @@ def test_processes_that_start_at_once_share_one_salt(
 # Children leave by `os._exit`, as those of multiprocessing do; a child that hangs is killed by its
 # alarm, whose status the parent sees.
 FORK = """
-import os, signal, sys, threading, time
+import os, signal, sys, threading
 from pathlib import Path
+from dspylite.models.cache import store
 from dspylite.models.cache.cache import Cache
 from dspylite.models.cache.configure import use_cache
 from tests.cache_tools import ask, lm_of, put_rows, question, right_rows
@@ -133,6 +182,8 @@ url, directory, is_busy = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "busy"
 cache = Cache(disk_cache_dir=directory, enable_memory_cache=False)
 use_cache(cache)
 lm = lm_of(url)
+# A disk that was locked is left alone for a second; here it is asked again at once.
+store._ALONE_S = 0.0
 ask(lm, range(20))
 put_rows(cache, range(20))
 is_over, failed = threading.Event(), []
@@ -187,7 +238,6 @@ assert not any(thread.is_alive() for thread in threads)
 assert failed == [], failed[:3]
 ask(lm, range(20))
 put_rows(cache, [7])
-time.sleep(1.1)  # a disk that was locked is left alone for a second
 assert right_rows(cache, range(20)) == 20
 assert right_rows(cache, range(100_000, 100_024)) == codes.count(0), codes
 assert cache.stats().damaged == cache.stats().rejected_rows == 0, cache.stats()
@@ -202,6 +252,39 @@ def test_forked_children_use_the_cache(server: FakeServer, tmp_path: Path, how: 
     flags = ("-W", "ignore::DeprecationWarning")
     out = said_by(python(FORK, server.base_url, tmp_path / "c", how, flags=flags))
     assert out.split() == ["0"] * 24
+
+
+OWN = """
+import os, sys
+from pathlib import Path
+from dspylite.models.cache.cache import Cache
+from tests.cache_tools import put_rows, right_rows
+
+def descriptors():
+    places = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return sum(os.path.realpath(place).endswith("cache.db") for place in places)
+
+cache = Cache(disk_cache_dir=Path(sys.argv[1]), enable_memory_cache=False)
+put_rows(cache, range(3))
+assert right_rows(cache, range(3)) == 3
+assert descriptors() == 2
+pid = os.fork()
+if pid == 0:
+    assert right_rows(cache, range(3)) == 3
+    assert descriptors() == 3
+    put_rows(cache, range(3, 6))
+    assert descriptors() == 4
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), right_rows(cache, range(6)))
+"""
+
+
+@forking
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
+def test_a_forked_child_opens_files_of_its_own(tmp_path: Path) -> None:
+    """B 7.3: it does not use the connections of its parent."""
+    out = said_by(python(OWN, tmp_path / "c", flags=("-W", "ignore::DeprecationWarning")))
+    assert out == "0 6\n"
 
 
 MULTI = """

@@ -10,6 +10,7 @@ import os
 import re
 import sqlite3
 import stat
+import sys
 import threading
 import time
 from pathlib import Path
@@ -36,6 +37,8 @@ _GET = f"SELECT {VALUE} FROM Cache WHERE key = ? AND raw = 1"
 _MOST_READERS = 8
 _LOOK_S = 1.0
 """How often readers look whether their file is still in its place."""
+_CHECK_S = 1.0
+"""Less than a fork waits for the thread that writes; a gigabyte takes longer."""
 _MOST_SCHEMA = 20
 """Things in a database; diskcache makes 11."""
 _SCHEMA = re.compile(
@@ -48,14 +51,29 @@ _SCHEMA = re.compile(
 """What diskcache makes. A view, a trigger or a column of somebody else's may compute for ever; none
 of these can be had without other words or a second pair of brackets."""
 
+_DAMAGE = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_CONSTRAINT,  # an index that lies; no row of ours can break one
+    sqlite3.SQLITE_MISMATCH,
+}
 
-def fault_of(error: BaseException) -> Exception:
-    """Return a failure of sqlite, diskcache or the file system as one of the three."""
+
+def fault_of(error: BaseException, around: BaseException | None = None) -> Exception:
+    """Return a failure of sqlite, diskcache or the file system as one of the three.
+
+    Args:
+        error: The failure.
+        around: What was being handled when the attempt began, and has nothing to do with it.
+    """
     cause = error
-    # diskcache raises its own Timeout for a lock, and fails to roll back what sqlite has already.
-    while cause.__context__ is not None:
+    while not isinstance(cause, BusyError | UnavailableError | DamagedError):
+        # diskcache raises its own Timeout for a lock, and fails to roll back what sqlite has.
+        if cause.__context__ is None or cause.__context__ is around:
+            break
         cause = cause.__context__
-    if isinstance(cause, BusyError | UnavailableError | DamagedError):
+    else:
         return cause
     if isinstance(cause, OSError | MemoryError | sqlite3.ProgrammingError | sqlite3.InterfaceError):
         return UnavailableError(str(cause))
@@ -64,7 +82,9 @@ def fault_of(error: BaseException) -> Exception:
         code = extended & 0xFF
         if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
             return BusyError(str(cause))
-        is_damage = code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+        if code == sqlite3.SQLITE_INTERRUPT:  # by us, after as long as anybody waits
+            return CrowdedError(str(cause))
+        is_damage = code in _DAMAGE
         if not is_damage and extended != sqlite3.SQLITE_IOERR_SHORT_READ:
             return UnavailableError(str(cause))
     # The rest is what a file that somebody else has written makes diskcache stumble over.
@@ -78,17 +98,17 @@ class faults:  # noqa: N801  # used like the functions of contextlib
         inode: Which file the block is about.
     """
 
-    __slots__ = ("_inode",)
+    __slots__ = ("_around", "_inode")
 
     def __init__(self, inode: int) -> None:
         self._inode = inode
 
     def __enter__(self) -> None:
-        pass
+        self._around = sys.exception()  # a caller may be in the midst of its own `except`
 
     def __exit__(self, exc_type: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, BadRowError):
-            fault = fault_of(error)
+            fault = fault_of(error, self._around)
             if isinstance(fault, DamagedError) and not fault.inode:
                 fault.inode = self._inode
             if fault is not error:
@@ -152,6 +172,19 @@ def has_rows(connection: sqlite3.Connection) -> bool:
     if len(names) == _MOST_SCHEMA:
         raise DamagedError("the database was made by something else")
     return "Cache" in names
+
+
+def is_sound(connection: sqlite3.Connection) -> bool:
+    """Return whether the pages make sense, as far as that can be told in a second."""
+    until = time.monotonic() + _CHECK_S
+    connection.set_progress_handler(lambda: time.monotonic() > until, 10_000)
+    try:
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError as error:
+        if _code_of(error) & 0xFF == sqlite3.SQLITE_INTERRUPT:
+            return True
+        raise
+    return bool(found == "ok")
 
 
 class Readers:

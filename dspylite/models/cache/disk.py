@@ -12,7 +12,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from dspylite.models.cache.connections import (
     faults,
     has_rows,
     inode_of,
+    is_sound,
     is_there,
 )
 from dspylite.models.cache.contract import (
     SET_ASIDE,
+    BusyError,
     DamagedError,
     UnavailableError,
     database_in,
@@ -110,6 +112,7 @@ class DiskTable:
         self._open: Any = None
         self._connection: Any = None  # a forked child must never close it, so it is kept referenced
         self._inode = 0
+        self._suspected = 0  # the file that last took no rows
 
     def get(self, key: str, timeout_s: float) -> bytes | None:
         """Return a row; None if there is none.
@@ -129,15 +132,33 @@ class DiskTable:
             self.close()  # another process has set it aside; readers would see that a second later
         # Not `or`: an empty one is false.
         opened = self._open_writer() if self._open is None else self._open
-        with faults(self._inode):
-            try:
+        inode = self._inode
+        try:
+            with faults(inode):
                 with opened.transact():
                     for key, row in rows:
                         opened.set(key, row)
                 opened.cull()
-            except BaseException:
-                self._close_writer()  # or a transaction that could not end would stay open
-                raise
+        except UnavailableError:
+            self._close_writer()
+            self._look_closer(inode)
+            raise
+        except BaseException:
+            self._close_writer()  # or a transaction that could not end would stay open
+            raise
+        self._suspected = 0
+
+    def _look_closer(self, inode: int) -> None:
+        """See once whether a file that takes no rows is damaged; such a one may seem full."""
+        if self._suspected == inode:
+            return
+        self._suspected = inode
+        with suppress(UnavailableError, BusyError), faults(inode):
+            connection = connect(self.file)
+            if connection is not None:
+                with closing(connection):
+                    if not is_sound(connection):
+                        raise DamagedError("pages do not make sense")
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove rows, also such that diskcache cannot read."""
@@ -192,6 +213,8 @@ class DiskTable:
                 self.folder.rename(aside)
             except FileNotFoundError:  # another process was faster
                 return False
+            finally:
+                self._readers.close()  # those that were opened since, at what is now elsewhere
         return True
 
     def close(self) -> None:
@@ -251,8 +274,10 @@ class DiskTable:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not is_there(self.file):
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            # sqlite gives its log and index the permissions of the file.
-            os.close(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600))
+            # sqlite gives its log and index the permissions of the file. A file that is there may
+            # be open in sqlite, and closing it anywhere in a process lets go of sqlite's locks.
+            with suppress(FileExistsError):
+                os.close(os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
     def _check_settings(self) -> None:
         """Refuse a file with settings that are not ours; wait for its lock as long as one may.
@@ -263,7 +288,14 @@ class DiskTable:
         if connection is None:
             return
         with closing(connection):
-            connection.execute("BEGIN IMMEDIATE")
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_READONLY or not os.access(
+                    self.file, os.W_OK
+                ):
+                    raise
+                raise DamagedError("the file says that only later versions may write") from error
             is_made = has_rows(connection)
             (shrinks,) = connection.execute("PRAGMA auto_vacuum").fetchone()
             try:

@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,6 +41,9 @@ MOST_QUEUED_BYTES = 64_000_000
 """Rows that wait to be written; what comes beyond them is not kept."""
 MOST_AT_ONCE = 100
 """Rows in one transaction; a fork waits for its end, as do other processes."""
+GATHER_S = 0.05
+"""How long the thread that writes waits for further rows after the first: a transaction costs as
+much as several rows, and each turn of that thread takes time from those that call."""
 FORK_WAIT_S = 2.0
 """How long a fork waits for those who read or write. Sixteen busy threads hold up the one that
 writes for longer than `LONGEST_WAIT_S`; a child of a fork that did not wait has no disk."""
@@ -84,14 +88,15 @@ class DiskStore:
         hold_forks(self)
 
     def _start_afresh(self) -> None:
-        # Guards the next seven and `counts`; held for a few steps only, and taken before no other.
+        # Guards the next nine and `counts`; held for a few steps only, and taken before no other.
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._rows: dict[str, bytes] = {}  # to be written; readable until they are
         self._unwanted: set[str] = set()  # keys to be removed
         self._queued_bytes = 0
         self._damage: DamagedError | None = None  # seen by a reader, and not set aside yet
-        self._is_working = self._is_closing = False
+        self._is_working = self._is_closing = self._is_idle = False
+        self._in_a_hurry = 0  # callers that wait until all is written
         # Held by whoever changes the database, and over a fork; before `_changed`.
         self._in_sqlite = threading.Lock()
         self._pause_s = 0.0
@@ -130,7 +135,7 @@ class DiskStore:
     def get(self, key: str) -> bytes | None:
         """Return a row, within 0.25 s; None if there is none."""
         row = self._rows.get(key)
-        if row is not None or self._is_lost or key in self._unwanted:
+        if row is not None or self._is_out_of_use or key in self._unwanted:
             return row
         if self._opened is None and not self._is_there():
             return None
@@ -161,6 +166,8 @@ class DiskStore:
                 "lost", "the process was forked in the midst of its use; it is not used here"
             )
             return
+        if self._is_out_of_use:
+            return
         with self._changed:
             is_full = self._queued_bytes + len(row) > MOST_QUEUED_BYTES
             if not is_full:
@@ -174,7 +181,7 @@ class DiskStore:
 
     def delete(self, key: str) -> None:
         """Have a row removed soon; it is not given any more."""
-        if self._is_lost:
+        if self._is_out_of_use:
             return
         with self._changed:
             self._queued_bytes -= len(self._rows.pop(key, b""))
@@ -194,11 +201,16 @@ class DiskStore:
             timeout_s: Seconds. None: as long as it takes.
         """
         with self._changed:
+            self._in_a_hurry += 1
+            self._is_idle = True  # or it would not be told
             if self._is_asked():  # and the thread may have been closed before it was heard
                 self._wake_thread()
-            return self._changed.wait_for(
-                lambda: not self._is_asked() and not self._is_working, timeout_s
-            )
+            try:
+                return self._changed.wait_for(
+                    lambda: not self._is_asked() and not self._is_working, timeout_s
+                )
+            finally:
+                self._in_a_hurry -= 1
 
     def clear(self) -> bool:
         """Remove all rows; False if that could not be done."""
@@ -207,15 +219,20 @@ class DiskStore:
                 self._forget_work()
             return self._is_done(self._table.clear)
 
-    def close(self) -> None:
-        """Write what waits, close the files and end the thread; the next use starts them again."""
-        self.flush(AT_EXIT_S)
+    def close(self, timeout_s: float = AT_EXIT_S) -> None:
+        """Write what waits, close the files and end the thread; the next use starts them again.
+
+        Args:
+            timeout_s: Seconds after which the rest is left to the thread.
+        """
+        until = time.monotonic() + timeout_s
+        self.flush(timeout_s)
         with self._changed:
             thread = self._thread
             self._is_closing = thread is not None
             self._changed.notify_all()
         if thread is not None:
-            thread.join(AT_EXIT_S)
+            thread.join(max(0.0, until - time.monotonic()))
         elif self._opened is not None:
             self._opened.close()
 
@@ -240,6 +257,12 @@ class DiskStore:
             return None
         return found
 
+    @property
+    def _is_out_of_use(self) -> bool:
+        # At the interpreter's end locks are held by threads that will not run again, and on Python
+        # 3.11 a thread that is started then is waited for without end.
+        return self._is_lost or sys.is_finalizing()
+
     # -- the writing thread -----------------------------------------------------------------------
 
     def _wake_thread(self) -> None:
@@ -253,8 +276,10 @@ class DiskStore:
                 self._forget_work()
                 return
             self._thread = thread
-            flush_at_exit()
-        self._changed.notify_all()
+            close_at_exit()
+        elif self._is_idle:  # else it looks by itself, soon
+            self._is_idle = False
+            self._changed.notify_all()
 
     def _is_asked(self) -> bool:
         return bool(self._rows or self._unwanted or self._damage)
@@ -276,13 +301,19 @@ class DiskStore:
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do; False when the thread must end."""
         with self._changed:
+            gathers_until: float | None = None
             while True:
-                pause_s = self._write_at - time.monotonic()
-                if self._is_asked() and pause_s <= 0:
-                    return True
+                now, pause_s = time.monotonic(), None
+                if self._is_asked():
+                    gathers_until = now + GATHER_S if gathers_until is None else gathers_until
+                    begin = self._write_at if self._in_a_hurry else gathers_until
+                    pause_s = max(begin, self._write_at) - now
+                    if pause_s <= 0:
+                        return True
                 if self._is_closing:
                     break
-                self._changed.wait(pause_s if self._is_asked() else None)
+                self._is_idle = pause_s is None
+                self._changed.wait(pause_s)
             self._is_closing = False
             self._thread = None
         # What was begun meanwhile belongs to the next thread, which waits for this lock.
@@ -339,6 +370,7 @@ class DiskStore:
         if opened is not None:
             return opened
         make = _load_table()
+        close_at_exit()
         with self._changed:
             if self._opened is None:
                 self._opened = make(self.directory, self.size_limit_bytes)
@@ -429,28 +461,36 @@ def _make_salt(file: Path) -> bytes:
             os.link(made, file)
         except FileExistsError:
             pass
+        except OSError:  # a file system without links; what is seen half written is made anew
+            with suppress(FileExistsError):
+                descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "wb") as writer:
+                    writer.write(made.read_bytes())
     finally:
         made.unlink(missing_ok=True)
     return file.read_bytes()
 
 
 _STORES: weakref.WeakSet[DiskStore] = weakref.WeakSet()
-_flushes_in: list[int] = []  # processes whose end is prepared
+_closes_in: list[int] = []  # processes whose end is prepared
 
 
-def flush_at_exit() -> None:
-    """Have the end of this process wait for rows that are still to be written, a little."""
-    if os.getpid() in _flushes_in:
+def close_at_exit() -> None:
+    """Have the end of this process wait a little for rows still to be written, and close files.
+
+    sqlite's log goes with the last process that closes the file; others need not read it first.
+    """
+    if os.getpid() in _closes_in:
         return
-    _flushes_in.append(os.getpid())
-    atexit.register(_flush_all)
+    _closes_in.append(os.getpid())
+    atexit.register(_close_all)
     # Children of multiprocessing end without `atexit`.
     helper = sys.modules.get("multiprocessing.util")
     if helper is not None:
-        helper.Finalize(None, _flush_all, exitpriority=10)
+        helper.Finalize(None, _close_all, exitpriority=10)
 
 
-def _flush_all() -> None:
+def _close_all() -> None:
     deadline = time.monotonic() + AT_EXIT_S
     for store in list(_STORES):
-        store.flush(max(0.0, deadline - time.monotonic()))
+        store.close(max(0.0, deadline - time.monotonic()))
