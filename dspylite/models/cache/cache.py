@@ -318,7 +318,7 @@ class Cache:
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all answers are on disk; False if that took too long.
 
-        The end of the process does so for two seconds by itself.
+        The end of the process does so by itself, for ten seconds at most.
 
         Args:
             timeout_s: Seconds. None: as long as it takes.

@@ -48,7 +48,9 @@ FORK_WAIT_S = 2.0
 """How long a fork waits for those who read or write. Sixteen busy threads hold up the one that
 writes for longer than `LONGEST_WAIT_S`; a child of a fork that did not wait has no disk."""
 AT_EXIT_S = 2.0
-"""How long the end of the process waits for rows that are still to be written."""
+"""How long the end of the process waits for the next rows to be written ..."""
+MOST_AT_EXIT_S = 10.0
+"""... and how long for all of them; guessed, after what a person waits for a program that ended."""
 SALT_BYTES = 32
 _SALT_FILE = "salt"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.25
@@ -219,20 +221,25 @@ class DiskStore:
                 self._forget_work()
             return self._is_done(self._table.clear)
 
-    def close(self, timeout_s: float = AT_EXIT_S) -> None:
+    def close(self, timeout_s: float = MOST_AT_EXIT_S) -> None:
         """Write what waits, close the files and end the thread; the next use starts them again.
 
         Args:
-            timeout_s: Seconds after which the rest is left to the thread.
+            timeout_s: Seconds after which the rest is left to the thread; so it is after two
+                seconds in which no row was written.
         """
         until = time.monotonic() + timeout_s
-        self.flush(timeout_s)
+        written = -1
+        while written < self.counts["writes"] and time.monotonic() < until:
+            written = self.counts["writes"]
+            if self.flush(min(AT_EXIT_S, max(0.0, until - time.monotonic()))):
+                break
         with self._changed:
             thread = self._thread
             self._is_closing = thread is not None
             self._changed.notify_all()
         if thread is not None:
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join(min(AT_EXIT_S, max(0.0, until - time.monotonic())))
         elif self._opened is not None:
             self._opened.close()
 
@@ -491,6 +498,6 @@ def close_at_exit() -> None:
 
 
 def _close_all() -> None:
-    deadline = time.monotonic() + AT_EXIT_S
+    deadline = time.monotonic() + MOST_AT_EXIT_S
     for store in list(_STORES):
         store.close(max(0.0, deadline - time.monotonic()))
