@@ -589,3 +589,24 @@ def test_a_failure_within_a_handled_one_does_not_tell_of_it(
     assert "of the listener" in caplog.text
     assert "its own trouble" in caplog.text
     assert "an answer's text" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda it: dspylite.LM("openai/m", callbacks=it),
+        lambda it: dspylite.OfflineLM().copy(callbacks=it),
+        lambda it: dspylite.Predict("a -> b", callbacks=it),
+        lambda it: dspylite.Module(callbacks=it),
+        lambda it: dspylite.ChatAdapter(callbacks=it),
+    ],
+    ids=["LM", "copy", "Predict", "Module", "ChatAdapter"],
+)
+def test_a_callback_without_its_list_is_refused_when_the_object_is_made(
+    make: Callable[[Any], Any],
+) -> None:
+    """At the first call it would be too late to say what to write."""
+    with pytest.raises(dspylite.SettingsError, match=r"write `callbacks=\[it\]`"):
+        make(BaseCallback())
+    told = [BaseCallback()]
+    assert make(told).callbacks == tuple(told)

@@ -12,6 +12,7 @@ from typing import Any
 
 from dspylite.adapters.values import MAX_CHARS, describe, format_value
 from dspylite.errors import AdapterParseError
+from dspylite.runtime.settings import checked_callbacks
 from dspylite.schema.messages import Message
 from dspylite.schema.signature import Field, Signature
 
@@ -87,7 +88,7 @@ class BaseAdapter(abc.ABC):
     """
 
     def __init__(self, callbacks: Sequence[Any] | None = None) -> None:
-        self.callbacks = tuple(callbacks or ())
+        self.callbacks = checked_callbacks("callbacks", callbacks)
         self._tasks: dict[type[Signature], str] = {}
 
     def __getstate__(self) -> dict[str, Any]:

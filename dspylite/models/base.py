@@ -36,7 +36,7 @@ from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.history import History
 from dspylite.runtime.inspection import pretty_print_history
-from dspylite.runtime.settings import check_deadline, settings
+from dspylite.runtime.settings import check_deadline, checked_callbacks, settings
 from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import LMRequest, LMResponse, Message, Usage
 from dspylite.schema.secrets import shown_params
@@ -95,7 +95,7 @@ class BaseLM:
         self.model = model
         self.model_type = model_type
         self.cache = cache
-        self.callbacks = tuple(callbacks or ())
+        self.callbacks = checked_callbacks("callbacks", callbacks)
         self.policies = Policies(
             num_retries=num_retries,
             **{name: kwargs.pop(name) for name in list(kwargs) if name in POLICY_NAMES},
@@ -376,8 +376,10 @@ class BaseLM:
         merged = {name: _own_copy(value) for name, value in self.kwargs.items()}
         policies = {name: changes.pop(name) for name in list(changes) if name in _POLICY_CHANGES}
         for name, value in changes.items():
-            if name in {"model", "model_type", "cache", "callbacks"}:
+            if name in {"model", "model_type", "cache"}:
                 setattr(twin, name, value)
+            elif name == "callbacks":
+                twin.callbacks = checked_callbacks(name, value)
             elif name == "price":
                 twin._price = checked_price(value)  # noqa: SLF001  # ours
             else:

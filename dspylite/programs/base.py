@@ -28,7 +28,7 @@ from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
 from dspylite.runtime.history import History, recording_in
 from dspylite.runtime.inspection import pretty_print_history
-from dspylite.runtime.settings import settings
+from dspylite.runtime.settings import checked_callbacks, settings
 from dspylite.runtime.tracking import track_usage
 from dspylite.schema.records import Outputs
 
@@ -70,7 +70,7 @@ class Module:
         return module
 
     def __init__(self, callbacks: Sequence[Any] | None = None) -> None:
-        self.callbacks = tuple(callbacks or ())
+        self.callbacks = checked_callbacks("callbacks", callbacks)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run the program and wait for it on this thread.

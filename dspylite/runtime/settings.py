@@ -159,14 +159,19 @@ def _optional_text(name: str, value: Any) -> str | None:
     raise SettingsError(f"`{name}` must be a text or None, not {value!r}.")
 
 
-def _callbacks(name: str, value: Any) -> tuple[Any, ...]:
+def checked_callbacks(name: str, value: Any) -> tuple[Any, ...]:
+    """Return callbacks as a tuple, which is not shared with the list they came in.
+
+    Raises:
+        SettingsError: They are no list.
+    """
     if value is None:
         return ()
     if not isinstance(value, list | tuple):
         raise SettingsError(
             f"`{name}` must be a list of callbacks, not {value!r}; write `{name}=[it]`."
         )
-    return tuple(value)  # a copy: the user's list is not shared between threads
+    return tuple(value)
 
 
 def _recorder(name: str, value: Any) -> list[Any] | None:
@@ -239,7 +244,7 @@ class Settings:
 
     lm = Key[LanguageModel | None](None, _component(LanguageModel, "an LM"))
     adapter = Key[Adapter | None](None, _component(Adapter, "an adapter"))
-    callbacks = Key[tuple[Any, ...]]((), _callbacks)
+    callbacks = Key[tuple[Any, ...]]((), checked_callbacks)
     trace = Key[list[Any] | None](None, _recorder)
     track_usage = Key[bool](False, _flag)
     usage_tracker = Key[Any](None, _anything)
