@@ -21,6 +21,10 @@ from dspylite.models.cache.configure import current_cache, use_cache
 from dspylite.models.endpoints import forget_endpoints
 from dspylite.testing import FakeServer
 
+# A shell ignores SIGINT for what it runs in the background, and all children would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _NO_CACHE = Cache(enable_disk_cache=False, enable_memory_cache=False)
 
 
@@ -76,17 +80,6 @@ def cache_in() -> Iterator[Callable[..., Cache]]:
 
     yield make
     use_cache(before)
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Have SIGINT raise `KeyboardInterrupt`, as in a terminal.
-
-    Where the suite runs in the background, the shell has it ignored, and children inherit that.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

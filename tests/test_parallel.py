@@ -736,7 +736,7 @@ def test_a_nested_batch_with_a_time_limit_finishes_when_no_thread_is_free() -> N
     assert dspy.Parallel(num_threads=2)([(outer, (x,)) for x in range(4)]) == [[0, 2, 4, 6]] * 4
 
 
-def test_an_interrupt_of_the_caller_stops_the_taking_of_items(ctrl_c: None) -> None:
+def test_an_interrupt_of_the_caller_stops_the_taking_of_items() -> None:
     """The error reaches the caller at once, and workers take nothing more (B 2.6)."""
     started, release = threading.Event(), threading.Event()
     ran: list[int] = []
