@@ -26,7 +26,8 @@ from dspylite.models.cache.rows import (
     encode_row,
     own_copy,
 )
-from dspylite.models.cache.store import SALT_BYTES, Count, DiskStore
+from dspylite.models.cache.salt import SALT_BYTES
+from dspylite.models.cache.store import Count, DiskStore
 from dspylite.runtime.forks import watch_forks
 
 DEFAULT_DISK_BYTES = 1_000_000_000

@@ -11,14 +11,11 @@ import functools
 import itertools
 import logging
 import os
-import secrets
-import stat
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +28,7 @@ from dspylite.models.cache.contract import (
     database_in,
 )
 from dspylite.models.cache.rows import BadRowError
+from dspylite.models.cache.salt import make_salt, read_salt
 from dspylite.runtime.forks import hold_forks, watch_forks
 
 logger = logging.getLogger(__name__)
@@ -51,8 +49,6 @@ AT_EXIT_S = 2.0
 """How long the end of the process waits for the next rows to be written ..."""
 MOST_AT_EXIT_S = 10.0
 """... and how long for all of them; guessed, after what a person waits for a program that ended."""
-SALT_BYTES = 32
-_SALT_FILE = "salt"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.25
 """How long the writing thread waits after it met another process's lock; short beside `AT_EXIT_S`,
 or many processes that end at once would not all be heard."""
@@ -252,12 +248,10 @@ class DiskStore:
         Returns:
             None where there is none, or none could be had.
         """
-        file = self.directory / _SALT_FILE
         try:
-            found = _read_salt(file)
+            found = read_salt(self.directory)
             if found is None and make:
-                self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                found = _make_salt(file)
+                found = make_salt(self.directory)
         except OSError as error:
             self._count("unavailable")
             self._warn("unavailable", str(error))
@@ -440,42 +434,6 @@ def _load_table() -> Callable[[Path, int], CacheStore]:
     from dspylite.models.cache.disk import DiskTable  # noqa: PLC0415
 
     return DiskTable
-
-
-def _read_salt(file: Path) -> bytes | None:
-    try:
-        found = os.lstat(file)
-    except FileNotFoundError:
-        return None
-    # A pipe would block for ever.
-    is_one = stat.S_ISREG(found.st_mode) and found.st_size == SALT_BYTES
-    return file.read_bytes() if is_one else None
-
-
-def _make_salt(file: Path) -> bytes:
-    """Write a salt, or take that of a process which was faster: linking never replaces."""
-    made = file.with_name(f"{_SALT_FILE}.{os.getpid()}.{secrets.token_hex(4)}")
-    descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as writer:
-            writer.write(secrets.token_bytes(SALT_BYTES))
-        if (
-            os.path.lexists(file) and _read_salt(file) is None
-        ):  # cut short by a crash or a full disk
-            os.replace(made, file)
-            return file.read_bytes()
-        try:
-            os.link(made, file)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links; what is seen half written is made anew
-            with suppress(FileExistsError):
-                descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(descriptor, "wb") as writer:
-                    writer.write(made.read_bytes())
-    finally:
-        made.unlink(missing_ok=True)
-    return file.read_bytes()
 
 
 _STORES: weakref.WeakSet[DiskStore] = weakref.WeakSet()
