@@ -6,12 +6,12 @@ Not here: what the parameters do.
 from __future__ import annotations
 
 import math
-import re
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
 from dspylite.errors import LMConfigurationError
+from dspylite.schema.secrets import without_userinfo
 
 
 def check_params(params: Mapping[str, Any]) -> None:
@@ -38,11 +38,6 @@ def check_params(params: Mapping[str, Any]) -> None:
         )
 
 
-def without_userinfo(value: Any) -> Any:
-    """Hide `user:password@` of a URL."""
-    return re.sub(r"://[^/@\s]+@", "://...@", value) if isinstance(value, str) else value
-
-
 def check_url(url: Any) -> None:
     """Refuse an endpoint that no request can be sent to; None is the provider's own.
 
@@ -58,7 +53,7 @@ def check_url(url: Any) -> None:
     if parts is None or parts.scheme not in {"http", "https"} or not parts.netloc:
         raise LMConfigurationError(
             "`api_base` must be a URL such as 'http://localhost:8000/v1', not "
-            f"{without_userinfo(url)!r}."
+            f"{without_userinfo(url) if isinstance(url, str) else url!r}."
         )
 
 

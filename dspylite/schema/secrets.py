@@ -13,7 +13,9 @@ from typing import Any
 
 REDACTED = "[redacted]"
 
-_USER_INFO = re.compile(r"://[^/@\s]+@")
+USER_INFO = re.compile(r"://[^/@\s]+@")
+"""The `user:password@` of a URL."""
+
 _SECRET_NAME = re.compile(
     r"(^|[_-])(key|token|secret|password|credentials|headers|authorization)$"
     r"|(api|access)-?key$|(access|auth|refresh|session)-?token$|client-?secret$",  # as in `apiKey`
@@ -83,6 +85,11 @@ def _holds_secret(value: Any) -> bool:
     return isinstance(value, str | bytes | list | tuple)
 
 
+def without_userinfo(text: str) -> str:
+    """Hide `user:password@` of a URL."""
+    return USER_INFO.sub("://...@", text)
+
+
 def shown_url(text: str) -> str:
     """Hide `user:password@` of a URL, and what is secret in its query.
 
@@ -92,7 +99,7 @@ def shown_url(text: str) -> str:
     """
     if "://" not in text:
         return text
-    return _SECRET_IN_QUERY.sub(r"\1...", _USER_INFO.sub("://...@", text))
+    return _SECRET_IN_QUERY.sub(r"\1...", without_userinfo(text))
 
 
 MIN_SECRET_CHARS = 6

@@ -16,9 +16,8 @@ from pydantic import BaseModel
 from pydantic.errors import PydanticUserError
 
 from dspylite.models.direct.providers import provider_of
-from dspylite.models.parameters import without_userinfo
 from dspylite.schema.messages import LMRequest
-from dspylite.schema.secrets import is_secret
+from dspylite.schema.secrets import is_secret, without_userinfo
 
 KEY_VERSION = 1
 """Part of every key; raised whenever equal keys could mean different requests."""

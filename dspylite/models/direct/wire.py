@@ -5,7 +5,6 @@ Not here: sending (`blocking.py`, `awaiting.py`), and what the bytes mean (`engi
 
 from __future__ import annotations
 
-import re
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from dspylite.errors import (
 )
 from dspylite.runtime.cancellation import Cancellation
 from dspylite.runtime.clock import deadline_error
+from dspylite.schema.secrets import USER_INFO
 
 FIRST_BYTE_S = 120.0
 """Longest wait for an answer to begin; a model that answers in one piece thinks in this time."""
@@ -45,7 +45,6 @@ MAX_GZIP_MEMBERS = 10_000
 """Parts of one compressed body; each costs time, even where it holds nothing."""
 
 _BLANKS = b" \t\r\n"
-_USER_INFO = re.compile(r"://[^/@\s]+@")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,7 +321,7 @@ def without_user_info(text: str) -> str:
         >>> without_user_info("url='http://user:word@proxy:3128'")
         "url='http://proxy:3128'"
     """
-    return _USER_INFO.sub("://", text)
+    return USER_INFO.sub("://", text)
 
 
 def cause_to_show(error: BaseException) -> BaseException | None:
@@ -331,7 +330,7 @@ def cause_to_show(error: BaseException) -> BaseException | None:
     seen: set[int] = set()
     while each is not None and id(each) not in seen:
         seen.add(id(each))
-        if _USER_INFO.search(str(each)):
+        if USER_INFO.search(str(each)):
             return None
         each = each.__cause__ or each.__context__
     return error
