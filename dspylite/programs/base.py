@@ -389,6 +389,31 @@ class Module:
         return f"{type(self).__name__}({parts}\n)" if parts else f"{type(self).__name__}()"
 
 
+class Planned(Module):
+    """A module whose body is one plan, which serves the call and `acall` alike.
+
+    The built-in programs are made this way. A subclass may still override `forward` or `aforward`.
+    """
+
+    async def steps(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:
+        """Do the work, waiting through `io` only; parts are run by `await part.plan(io, ...)`."""
+        raise NotImplementedError
+
+    def forward(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the steps on this thread, without a call frame; call the module itself instead."""
+        return run_flow(self.steps(BLOCKING, *args, **kwargs))
+
+    async def aforward(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the steps on this event loop, without a call frame; use `acall` instead."""
+        return await self.steps(ASYNC, *args, **kwargs)
+
+    async def _body(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:
+        cls = type(self)
+        if cls.forward is Planned.forward and cls.aforward is Planned.aforward:
+            return await self.steps(io, *args, **kwargs)
+        return await super()._body(io, *args, **kwargs)
+
+
 async def _second(forward: Any, aforward: Any) -> Any:
     del forward
     return aforward

@@ -25,10 +25,9 @@ from dspylite.errors import (
     TruncatedError,
     nearest,
 )
-from dspylite.programs.base import Module
+from dspylite.programs.base import Planned
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.clock import Deadline
-from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import record_trace
 from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage
@@ -79,7 +78,7 @@ class _Question:
     deadline_s: float | None
 
 
-class Typed(Module, Generic[P, S]):
+class Typed(Planned, Generic[P, S]):
     """A module whose inputs and outputs a type checker knows from its signature."""
 
     if typing.TYPE_CHECKING:
@@ -159,14 +158,6 @@ class Predict(Typed[P, S]):
         """Change request parameters of every call from now on."""
         self.config = {**self.config, **_usable_config(config)}
 
-    def forward(self, /, **inputs: Any) -> Any:
-        """Ask, without a call frame; call the predictor itself instead."""
-        return run_flow(self._answer(BLOCKING, (), inputs))
-
-    async def aforward(self, /, **inputs: Any) -> Any:
-        """Ask and await, without a call frame; use `acall` instead."""
-        return await self._answer(ASYNC, (), inputs)
-
     def _shown(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         shown = super()._shown(args, kwargs)
         config = shown.get("config")
@@ -174,13 +165,8 @@ class Predict(Typed[P, S]):
             shown["config"] = shown_params(config)
         return shown
 
-    async def _body(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:
-        cls = type(self)
-        if cls.forward is Predict.forward and cls.aforward is Predict.aforward:
-            return await self._answer(io, args, kwargs)
-        return await super()._body(io, *args, **kwargs)
-
-    async def _answer(self, io: Io, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    async def steps(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:
+        """Ask the model and read its answer."""
         question = self._question(args, kwargs)
         with Deadline(question.deadline_s):
             prediction = await _ask(io, question)
@@ -272,13 +258,9 @@ class ChainOfThought(Typed[P, S]):
         extended = ensure_signature(signature).prepend("reasoning", field, rationale_field_type)
         self.predict: Predict[..., Any] = Predict(extended, **config)
 
-    def forward(self, /, *args: Any, **inputs: Any) -> Any:
-        """Ask through `predict`, without a call frame; call the module itself instead."""
-        return self.predict(*args, **inputs)
-
-    async def aforward(self, /, *args: Any, **inputs: Any) -> Any:
-        """Ask through `predict` and await, without a call frame; use `acall` instead."""
-        return await self.predict.acall(*args, **inputs)
+    async def steps(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:
+        """Ask through `predict`."""
+        return await self.predict.plan(io, args, kwargs)
 
 
 async def _ask(io: Io, question: _Question) -> Prediction:
