@@ -8,8 +8,12 @@ import sys
 import types
 import typing
 
+from dspylite.adapters.base import Adapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
+from dspylite.adapters.types.base import Type
+from dspylite.adapters.types.history import History
+from dspylite.adapters.types.tools import Tool, ToolCallResults, ToolCalls
 from dspylite.concurrency.executors import asyncify, syncify
 from dspylite.concurrency.outcome import Outcome
 from dspylite.concurrency.parallel import Parallel
@@ -46,6 +50,7 @@ from dspylite.errors import (
     OverloadedError,
     SettingsError,
     SignatureError,
+    ToolError,
     TruncatedError,
     finished_results,
     is_retryable_lm_error,
@@ -119,6 +124,7 @@ class _Face(types.ModuleType):
 sys.modules[__name__].__class__ = _Face
 
 __all__ = [
+    "Adapter",
     "AdapterParseError",
     "Attempt",
     "BaseCallback",
@@ -148,6 +154,7 @@ __all__ = [
     "Fallback",
     "FlowError",
     "Health",
+    "History",
     "HistoryEntry",
     "InputField",
     "InputFieldError",
@@ -188,7 +195,12 @@ __all__ = [
     "Signature",
     "SignatureError",
     "ThreadPoolExecutor",
+    "Tool",
+    "ToolCallResults",
+    "ToolCalls",
+    "ToolError",
     "TruncatedError",
+    "Type",
     "Usage",
     "UsageTracker",
     "asyncify",

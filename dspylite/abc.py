@@ -12,7 +12,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import anyio
 
-from dspylite.schema.messages import LMRequest, LMResponse, Message
+from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Message
+from dspylite.schema.plans import AdapterPlan
 from dspylite.schema.signature import Signature
 
 P = ParamSpec("P")
@@ -198,12 +199,23 @@ class LanguageModel(Protocol):
 class Adapter(Protocol):
     """Turns a signature and values into messages, and an answer into values. Pure text."""
 
-    uses_capabilities: bool
-    """Whether `params` looks at the model's capabilities, which may take a moment to find out."""
-
     @property
     def fallback(self) -> Adapter | None:
         """The adapter to try once when an answer does not parse; None for none."""
+        ...
+
+    def needs_capabilities(self, signature: type[Signature]) -> bool:
+        """Whether `prepare` looks at the model's capabilities, which may take a moment to find."""
+        ...
+
+    def prepare(
+        self,
+        signature: type[Signature],
+        inputs: Mapping[str, Any],
+        lm: LanguageModel,
+        params: Mapping[str, Any],
+    ) -> AdapterPlan:
+        """Settle what is written, what is left to features of the model, and the parameters."""
         ...
 
     def format(
@@ -215,18 +227,12 @@ class Adapter(Protocol):
         """Write the prompt."""
         ...
 
-    def parse(
-        self, signature: type[Signature], completion: str, *, finish_reason: str | None = "stop"
-    ) -> dict[str, Any]:
+    def read(self, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
         """Read the outputs from an answer, each with its declared type.
 
         Raises:
             AdapterParseError: The answer is not one complete value for every output.
         """
-        ...
-
-    def params(self, signature: type[Signature], capabilities: frozenset[str]) -> Mapping[str, Any]:
-        """Give request parameters that this form of answer wants, such as `response_format`."""
         ...
 
 

@@ -9,6 +9,7 @@ a foreign exception into one of these; that is done at the border that meets the
     ├── SignatureError                 also a ValueError
     ├── InputFieldError                also a TypeError
     ├── ModuleError                    also a TypeError
+    ├── ToolError                      also a ValueError
     ├── FlowError                      also a RuntimeError
     ├── MissingExtraError              also an ImportError
     ├── AdapterParseError              also a ValueError
@@ -193,6 +194,13 @@ class ModuleError(DSPyError, TypeError):
     """A module cannot run.
 
     It has neither `forward` nor `aforward`, or returned what it must not.
+    """
+
+
+class ToolError(DSPyError, ValueError):
+    """A tool cannot be made, does not exist, or was called with arguments that do not fit.
+
+    What a tool itself raises is raised as it is.
     """
 
 

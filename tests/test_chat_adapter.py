@@ -24,7 +24,7 @@ from dspylite import (
     OutputField,
     Signature,
 )
-from dspylite.adapters.base import MAX_TASKS, NOT_GIVEN, BaseAdapter, fence, header, unfence
+from dspylite.adapters.base import MAX_TASKS, NOT_GIVEN, Adapter, fence, header, unfence
 from dspylite.adapters.values import MAX_CHARS
 from dspylite.schema.signature import make_signature
 from dspylite.testing import FakeLM
@@ -188,7 +188,7 @@ def test_fence_and_unfence_are_inverse(text: str) -> None:
 @given(question=hostile_texts, notes=st.lists(hostile_texts, max_size=3))
 @settings(max_examples=150, deadline=None)
 def test_no_input_opens_a_section_of_the_prompt(
-    adapter: BaseAdapter, question: str, notes: list[str]
+    adapter: Adapter, question: str, notes: list[str]
 ) -> None:
     """User text with our markers is a question about markers, not an answer (B 7.9)."""
     signature = make_signature("question, notes: list[str] -> answer")
@@ -339,7 +339,7 @@ def test_any_name_serves_as_an_output(form: str, name: str) -> None:
     """Names are words of the user's language, and one of them is that of the end marker."""
     signature = make_signature(form.format(name))
     values = {field: f"value of {field}" for field in signature.output_fields}
-    text = ADAPTER.answer(signature, values)
+    text = ADAPTER.format_assistant_message_content(signature, values)
     for finish_reason in ("stop", "length"):
         assert parsed(text, signature, finish_reason) == values
     refusal(text.removesuffix(END), signature, "length")
@@ -370,7 +370,7 @@ def test_fallback_tells_the_same_callbacks() -> None:
     "carry", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))]
 )
 @pytest.mark.parametrize("adapter", [ChatAdapter(), JSONAdapter()], ids=["chat", "json"])
-def test_used_adapter_survives_its_journey(adapter: BaseAdapter, carry: Any) -> None:
+def test_used_adapter_survives_its_journey(adapter: Adapter, carry: Any) -> None:
     """It is part of the settings that go to worker processes."""
 
     class Local(Signature):

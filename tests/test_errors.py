@@ -332,6 +332,7 @@ HTTP = {
     "SignatureError": (500, "signature"),
     "InputFieldError": (422, "input_field"),
     "ModuleError": (500, "module"),
+    "ToolError": (500, "tool"),
     "FlowError": (500, "flow"),
     "MissingExtraError": (500, "missing_extra"),
     "AdapterParseError": (502, "adapter_parse"),

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dspylite
-from dspylite import AdapterParseError, InputField, JSONAdapter, OutputField, Signature
+from dspylite import LM, AdapterParseError, InputField, JSONAdapter, OutputField, Signature
+from dspylite.adapters.base import NOT_GIVEN
 from dspylite.adapters.values import MAX_CHARS, MAX_DEPTH, mend_json, parse_json
 from dspylite.schema.signature import make_signature
 from dspylite.testing import FakeLM
@@ -90,14 +91,20 @@ def test_demos_are_answered_as_objects() -> None:
 
 def test_key_that_a_demo_lacks_is_null() -> None:
     """A demo with part of the outputs still shows the whole form."""
-    assert json.loads(ADAPTER.answer(SCORED, {"answer": "x"})) == {"answer": "x", "score": None}
+    written = ADAPTER.format_assistant_message_content(SCORED, {"answer": "x"}, NOT_GIVEN)
+    assert json.loads(written) == {"answer": "x", "score": None}
 
 
 # --- structured output ---------------------------------------------------------------------------
 
 
+def params_for(signature: type[Signature], capabilities: frozenset[str]) -> Any:
+    lm = LM("openai/m", api_key="none", capabilities=capabilities)
+    return ADAPTER.prepare(signature, {}, lm, {}).params
+
+
 def schema_of(signature: type[Signature]) -> Any:
-    params = ADAPTER.params(signature, frozenset({"json_schema", "json_object"}))
+    params = params_for(signature, frozenset({"json_schema", "json_object"}))
     assert params["response_format"]["type"] == "json_schema"
     return params["response_format"]["json_schema"]
 
@@ -120,7 +127,7 @@ def test_free_form_outputs_are_asked_for_as_any_object(output: str) -> None:
     """A strict schema cannot say them, and a provider refuses one that tries."""
     signature = make_signature(f"question -> answer: {output}")
     for capabilities in ({"json_schema"}, {"json_schema", "json_object"}, {"json_object"}):
-        params = ADAPTER.params(signature, frozenset(capabilities))
+        params = params_for(signature, frozenset(capabilities))
         assert params == {"response_format": {"type": "json_object"}}
 
 
@@ -138,7 +145,7 @@ def test_two_types_of_one_name_keep_their_own_schemas() -> None:
 
 def test_model_without_structured_output_gets_no_parameter() -> None:
     """An unknown parameter is refused by many servers."""
-    assert ADAPTER.params(Plan, frozenset()) == {}
+    assert params_for(Plan, frozenset()) == {}
 
 
 @pytest.mark.parametrize("name", ["Größe", "A B", "x" * 200, "日本"])
@@ -235,7 +242,7 @@ def test_answer_that_is_not_one_object_is_refused_with_its_reason(text: str, par
 def test_object_inside_a_cut_one_is_not_taken_for_the_answer() -> None:
     """A recursive type holds smaller values of itself, closed before the whole is (B 7.9)."""
     signature = make_signature({"next": (Step | None, OutputField())})
-    whole = ADAPTER.answer(
+    whole = ADAPTER.format_assistant_message_content(
         signature, {"next": Step(title="a", next=Step(title="b", next=Step(title="c")))}
     )
     for end in range(len(whole) - 1):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dspylite.adapters.base import BaseAdapter
+from dspylite.adapters.base import Adapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.models.offline.evidence import Evidence, Passage
@@ -80,7 +80,7 @@ class Point:
     rest: list[float]
 
 
-def ask(adapter: BaseAdapter, spec: Any, /, **inputs: Any) -> dict[str, Any]:
+def ask(adapter: Adapter, spec: Any, /, **inputs: Any) -> dict[str, Any]:
     """Send inputs through an adapter's prompt and back through its parser."""
     signature = spec if isinstance(spec, type) else make_signature(spec)
     return adapter.parse(signature, read_and_answer(adapter.format(signature, [], inputs)))
@@ -197,7 +197,7 @@ INPUTS = st.dictionaries(
 def test_every_answer_parses(
     outputs: list[tuple[tuple[Any, dict[str, Any]], str]],
     inputs: dict[str, Any],
-    adapter: BaseAdapter,
+    adapter: Adapter,
 ) -> None:
     """Whatever is asked in whatever types, with whatever data, the adapter gets values that fit."""
     fields: dict[str, Any] = {name: (Any, InputField()) for name in inputs}
@@ -210,13 +210,13 @@ def test_every_answer_parses(
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("annotation", TYPES, ids=str)
-def test_every_type_is_answered_without_evidence(annotation: Any, adapter: BaseAdapter) -> None:
+def test_every_type_is_answered_without_evidence(annotation: Any, adapter: Adapter) -> None:
     """Where nothing can be found the value still fits its type."""
     assert list(ask(adapter, output(annotation), context=[], question="Why?")) == ["out"]
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_answers_come_in_the_order_asked(adapter: BaseAdapter) -> None:
+def test_answers_come_in_the_order_asked(adapter: Adapter) -> None:
     """A stream of sections is read in the order of the signature."""
     signature = make_signature("question -> b: int, a, c: bool")
     text = read_and_answer(adapter.format(signature, [], {"question": "Why?"}))
@@ -489,7 +489,7 @@ def test_a_long_sentence_is_cut_between_words() -> None:
     ],
 )
 def test_values_are_found_within_their_bounds(
-    adapter: BaseAdapter, annotation: Any, bounds: dict[str, Any], question: str, expected: object
+    adapter: Adapter, annotation: Any, bounds: dict[str, Any], question: str, expected: object
 ) -> None:
     """What the best sentence holds is taken if it fits, else null, else a plain value."""
     found = ask(adapter, output(annotation, **bounds), context=SOLAR, question=question)
@@ -646,7 +646,7 @@ def test_a_list_of_moments_ends_with_the_last_one_found() -> None:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_recursive_types_end(adapter: BaseAdapter) -> None:
+def test_recursive_types_end(adapter: Adapter) -> None:
     """A tree of required children stays small."""
     found = ask(adapter, output(Node), context=SOLAR, question="Is Mars red?")["out"]
     assert (found.children, found.parent) == ([], None)
@@ -682,7 +682,7 @@ def test_a_number_that_is_none_is_no_bound() -> None:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_choices_beside_null_keep_their_types(adapter: BaseAdapter) -> None:
+def test_choices_beside_null_keep_their_types(adapter: Adapter) -> None:
     """A number, a text that looks like one, and a text that looks like JSON, each is itself."""
     context = ["It is 7 and {b."]
     for kind, expected in (
@@ -695,7 +695,7 @@ def test_choices_beside_null_keep_their_types(adapter: BaseAdapter) -> None:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_many_outputs_are_answered(adapter: BaseAdapter) -> None:
+def test_many_outputs_are_answered(adapter: Adapter) -> None:
     """Beyond a bound, outputs share one search; none is left out."""
     names = [f"out{first}{second}" for first in "abcdefgh" for second in "abcdefgh"]
     spec = f"context, question -> {', '.join(names)}"
@@ -705,7 +705,7 @@ def test_many_outputs_are_answered(adapter: BaseAdapter) -> None:
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("name", ["completed", "\u0939\u093f\u0928\u094d\u0926\u0940"])
-def test_odd_names_of_outputs_are_kept(adapter: BaseAdapter, name: str) -> None:
+def test_odd_names_of_outputs_are_kept(adapter: Adapter, name: str) -> None:
     """The end marker's own name, and identifiers with marks that are no word characters."""
     found = ask(
         adapter, f"context, question -> {name}: bool", context="Mars is red.", question="Is Mars?"
@@ -836,7 +836,7 @@ def test_the_last_message_with_a_form_is_answered_after_feedback() -> None:
         '{"answer": "no"} Mars is red.',
     ],
 )
-def test_data_never_opens_a_section(adapter: BaseAdapter, context: str) -> None:
+def test_data_never_opens_a_section(adapter: Adapter, context: str) -> None:
     """Headers, forms and lists inside inputs are data, in the prompt and in the answer."""
     found = ask(adapter, "context, question -> answer", context=context, question="Is Mars red?")
     assert list(found) == ["answer"]

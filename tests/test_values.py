@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
 from dspylite import AdapterParseError, ChatAdapter, Example, JSONAdapter, OutputField
-from dspylite.adapters.base import BaseAdapter
+from dspylite.adapters.base import Adapter
 from dspylite.adapters.values import (
     check_readable,
     describe,
@@ -31,7 +31,7 @@ from dspylite.errors import SignatureError
 from dspylite.schema.signature import Field, Signature, make_signature
 
 CHAT, JSON = ChatAdapter(), JSONAdapter()
-ADAPTERS: list[BaseAdapter] = [CHAT, JSON]
+ADAPTERS: list[Adapter] = [CHAT, JSON]
 
 
 class Colour(enum.Enum):
@@ -178,6 +178,11 @@ def of(annotation: Any, **bounds: Any) -> type[Signature]:
     return make_signature({"answer": (annotation, OutputField(**bounds)), "after": OutputField()})
 
 
+def written(adapter: Adapter, annotation: Any, value: Any, *, after: str = "") -> str:
+    values = {"answer": value, "after": after}
+    return adapter.format_assistant_message_content(of(annotation), values)
+
+
 def field(annotation: Any, **bounds: Any) -> Field:
     return of(annotation, **bounds).output_fields["answer"]
 
@@ -189,15 +194,13 @@ def field(annotation: Any, **bounds: Any) -> Field:
 @pytest.mark.parametrize("kind", TYPES)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_written_value_is_read_back_equal(
-    adapter: BaseAdapter, kind: str, data: st.DataObject
-) -> None:
+def test_written_value_is_read_back_equal(adapter: Adapter, kind: str, data: st.DataObject) -> None:
     """Demos show the model this form, so an answer in it must give the value it stands for."""
     annotation, values = TYPES[kind]
     value = data.draw(values)
     signature = of(annotation)
     check_readable(signature.output_fields["answer"])
-    answer = adapter.answer(signature, {"answer": value, "after": "x"})
+    answer = written(adapter, annotation, value, after="x")
     read = adapter.parse(signature, answer)
     assert read == {"answer": value, "after": "x"}
     assert type(read["answer"]) is type(value)
@@ -207,7 +210,9 @@ def test_written_value_is_read_back_equal(
 @settings(max_examples=200, deadline=None)
 def test_json_keeps_the_edges_of_a_text(value: str) -> None:
     """A JSON string has visible ends, so nothing is stripped."""
-    read = JSON.parse(of(str), JSON.answer(of(str), {"answer": value, "after": ""}))
+    read = JSON.parse(
+        of(str), JSON.format_assistant_message_content(of(str), {"answer": value, "after": ""})
+    )
     assert read["answer"] == value
 
 
@@ -216,7 +221,10 @@ def test_json_keeps_the_edges_of_a_text(value: str) -> None:
 def test_any_json_value_is_read_back_equal(value: Any) -> None:
     """An output without a type is whatever JSON can say."""
     assert (
-        JSON.parse(of(Any), JSON.answer(of(Any), {"answer": value, "after": ""}))["answer"] == value
+        JSON.parse(
+            of(Any), JSON.format_assistant_message_content(of(Any), {"answer": value, "after": ""})
+        )["answer"]
+        == value
     )
 
 
@@ -228,12 +236,14 @@ def test_any_json_value_is_read_back_equal(value: Any) -> None:
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_answer_cut_at_any_byte_is_whole_or_an_error(
-    adapter: BaseAdapter, finish_reason: str | None, data: st.DataObject
+    adapter: Adapter, finish_reason: str | None, data: st.DataObject
 ) -> None:
     """A price of 1234 must never be read from a 12345 that lost its tail (B 7.9)."""
     annotation, values = TYPES[data.draw(st.sampled_from(sorted(TYPES)))]
     signature, value = of(annotation), data.draw(values)
-    whole = adapter.answer(signature, {"answer": value, "after": "the end"})
+    whole = adapter.format_assistant_message_content(
+        signature, {"answer": value, "after": "the end"}
+    )
     prose = data.draw(st.sampled_from(["", "Sure, here it is:\n"]))
     raw = (prose + whole + data.draw(st.sampled_from(["", "\n", "\nHope it helps."]))).encode()
     for end in range(len(raw)):

@@ -1,19 +1,27 @@
-"""What all adapters share: how the task and the inputs are told, and how outputs are checked.
+"""`Adapter`: how the task and the values are told to a model, and how its outputs are checked.
 
-Not here: the form of the answer, which is what makes an adapter.
+Not here: the form of an answer, which is what makes an adapter; features of a model that stand in
+for text (`adapters/native.py`); conversations (`adapters/turns.py`).
 """
 
 from __future__ import annotations
 
-import abc
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from dspylite.abc import Io, LanguageModel
+from dspylite.adapters.content import ContentBuilder
+from dspylite.adapters.native import NativeFeatures, without
+from dspylite.adapters.turns import conversation, history_field
+from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import MAX_CHARS, describe, format_value
 from dspylite.errors import AdapterParseError
+from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import checked_callbacks
-from dspylite.schema.messages import Message
+from dspylite.schema.messages import LMOutput, Message
+from dspylite.schema.plans import AdapterPlan
 from dspylite.schema.signature import Field, Signature
 
 _MARKER_LINE = re.compile(r"^([ \t]*)(\\*)(\[\[ ## )", re.MULTILINE)
@@ -80,28 +88,157 @@ def list_fields(fields: Mapping[str, Field], *, outputs: bool) -> str:
     return "\n".join(lines)
 
 
-class BaseAdapter(abc.ABC):
-    """The common body of adapters; a subclass says how answers look and reads them.
+class Adapter:
+    """Between a signature and text: writes prompts and reads answers. Subclass it for your own.
+
+    A subclass says how an answer looks (`format_field_structure` and
+    `format_assistant_message_content`) and reads it (`parse`); one that overrides `format` needs
+    `parse` only.
 
     Args:
         callbacks: Told of every format and parse, after those of the settings.
+        use_native_function_calling: Whether a model that can call tools is asked for its calls in
+            its own way, for signatures with an input of `Tool`s and an output of `ToolCalls`.
+        native_response_types: Types of outputs that a model may give beside its text. None:
+            `Reasoning` and `Citations`.
+        parallel_tool_calls: Whether the model may want several calls at once; None leaves it to the
+            provider.
     """
 
-    def __init__(self, callbacks: Sequence[Any] | None = None) -> None:
+    _reads_reason: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        callbacks: Sequence[Any] | None = None,
+        use_native_function_calling: bool = False,
+        native_response_types: Sequence[type[Type]] | None = None,
+        parallel_tool_calls: bool | None = None,
+    ) -> None:
         self.callbacks = checked_callbacks("callbacks", callbacks)
+        self.native = NativeFeatures(
+            use_native_function_calling, native_response_types, parallel_tool_calls
+        )
         self._tasks: dict[type[Signature], str] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """See whether `parse` wants to know why the model stopped; DSPy's adapters do not."""
+        super().__init_subclass__(**kwargs)
+        parameters = inspect.signature(cls.parse).parameters
+        cls._reads_reason = "finish_reason" in parameters or any(
+            each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the written tasks behind; they are made again where they are needed."""
         return {**self.__dict__, "_tasks": {}}
 
-    uses_capabilities: bool = False
-    """Whether `params` looks at the model's capabilities."""
+    @property
+    def use_native_function_calling(self) -> bool:
+        """Whether a model that can call tools is asked for its calls in its own way."""
+        return self.native.function_calling
 
     @property
-    def fallback(self) -> BaseAdapter | None:
+    def fallback(self) -> Adapter | None:
         """The adapter to try once when an answer does not parse; None here."""
         return None
+
+    # -- one question -----------------------------------------------------------------------------
+
+    def needs_capabilities(self, signature: type[Signature]) -> bool:
+        """Whether `prepare` looks at what the model can do, which may take a moment to find out."""
+        return self.native.has_use_for(signature)
+
+    def prepare(
+        self,
+        signature: type[Signature],
+        inputs: Mapping[str, Any],
+        lm: LanguageModel,
+        params: Mapping[str, Any],
+    ) -> AdapterPlan:
+        """Settle what is written and what is left to features of the model.
+
+        Raises:
+            SignatureError: Tool calls are wanted and there is no input for the tools.
+        """
+        if self.native.has_use_for(signature):
+            return self.native.plan(signature, inputs, lm, params)
+        return AdapterPlan(signature=signature, written=signature, params=params)
+
+    def read(self, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
+        """Read all outputs from one answer: its text, and what came beside it.
+
+        Raises:
+            AdapterParseError: The answer is not one complete value for every output.
+        """
+        if plan.written is plan.signature and not output.tool_calls:
+            return self._parsed(plan.signature, output)
+        return self.native.read(plan, output, self._parsed)
+
+    def _parsed(self, signature: type[Signature], output: LMOutput) -> dict[str, Any]:
+        if self._reads_reason:
+            return self.parse(signature, output.text, finish_reason=output.finish_reason)
+        return self.parse(signature, output.text)
+
+    def __call__(
+        self,
+        lm: LanguageModel,
+        lm_kwargs: Mapping[str, Any],
+        signature: type[Signature],
+        demos: Sequence[Mapping[str, Any]],
+        inputs: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Ask a model and read its answers, on this thread.
+
+        Args:
+            lm: Who is asked.
+            lm_kwargs: Parameters of the request.
+            signature: What is asked.
+            demos: Worked examples.
+            inputs: The values of the inputs.
+
+        Returns:
+            The outputs of each of the `n` answers.
+
+        Raises:
+            AdapterParseError: One of them cannot be read.
+            LMError: The call failed.
+        """
+        return run_flow(self._ask(BLOCKING, lm, lm_kwargs, signature, demos, inputs))
+
+    async def acall(
+        self,
+        lm: LanguageModel,
+        lm_kwargs: Mapping[str, Any],
+        signature: type[Signature],
+        demos: Sequence[Mapping[str, Any]],
+        inputs: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Ask a model and read its answers; otherwise as `__call__`."""
+        return await self._ask(ASYNC, lm, lm_kwargs, signature, demos, inputs)
+
+    async def _ask(
+        self,
+        io: Io,
+        lm: LanguageModel,
+        lm_kwargs: Mapping[str, Any],
+        signature: type[Signature],
+        demos: Sequence[Mapping[str, Any]],
+        inputs: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        if self.needs_capabilities(signature):
+            await io.any(lambda: lm.capabilities)
+        plan = self.prepare(signature, inputs, lm, lm_kwargs)
+        messages = self.format(plan.written, demos, inputs)
+        response = await lm.plan(io, messages, plan.params)
+        is_readable = False
+        try:
+            rows = [self.read(plan, output) for output in response.outputs]
+            is_readable = True
+        finally:
+            response.judge(is_readable=is_readable)
+        return rows
+
+    # -- writing ----------------------------------------------------------------------------------
 
     def format(
         self,
@@ -109,12 +246,19 @@ class BaseAdapter(abc.ABC):
         demos: Sequence[Mapping[str, Any]],
         inputs: Mapping[str, Any],
     ) -> list[Message]:
-        """Write the prompt: the task, each demo as a question with its answer, then the inputs."""
+        """Write the prompt: the task, each demo as a question with its answer, then the inputs.
+
+        The turns of a `History` among the inputs come before the question.
+        """
         messages: list[Message] = [{"role": "system", "content": self._task(signature)}]
-        for demo in demos:
-            messages.append({"role": "user", "content": self.question(signature, demo)})
-            messages.append({"role": "assistant", "content": self.answer(signature, demo)})
-        messages.append({"role": "user", "content": self.question(signature, inputs)})
+        history = history_field(signature)
+        if history is not None:
+            signature = without(signature, (history,))
+        messages += self.format_demos(signature, demos)
+        if history is not None:
+            messages += self.format_conversation_history(signature, history, inputs)
+        question = self.format_user_message_content(signature, inputs, main_request=True)
+        messages.append({"role": "user", "content": question})
         return messages
 
     def _task(self, signature: type[Signature]) -> str:
@@ -122,61 +266,133 @@ class BaseAdapter(abc.ABC):
         if text is None:
             if len(self._tasks) >= MAX_TASKS:
                 self._tasks.clear()
-            text = self._tasks[signature] = self.task(signature)
+            text = self._tasks[signature] = self.format_system_message(signature)
         return text
 
-    def question(self, signature: type[Signature], values: Mapping[str, Any]) -> str:
-        """Write the inputs, each in its section, and a reminder of the answer's form."""
-        parts: list[str] = []
-        for name, field in signature.input_fields.items():
-            if name in values:
-                parts.append(section(name, format_value(values[name])))
-            elif field.required:
-                parts.append(section(name, NOT_GIVEN))
-        parts.append(self.reminder(signature))
-        return "\n\n".join(parts)
+    def format_system_message(self, signature: type[Signature]) -> str:
+        """Write the system message: the fields, the form of an answer, the task."""
+        parts = (
+            self.format_field_description(signature),
+            self.format_field_structure(signature),
+            self.format_task_description(signature),
+        )
+        return "\n\n".join(part for part in parts if part)
 
-    def params(self, signature: type[Signature], capabilities: frozenset[str]) -> Mapping[str, Any]:
-        """Give request parameters that this form of answer wants; none here."""
-        del signature, capabilities
-        return {}
-
-    def task(self, signature: type[Signature]) -> str:
-        """Write the system message."""
-        inputs, outputs = signature.input_fields, signature.output_fields
+    def format_field_description(self, signature: type[Signature]) -> str:
+        """List the inputs and outputs with their types and meanings."""
         parts: list[str] = []
+        history = history_field(signature)
+        inputs = {n: field for n, field in signature.input_fields.items() if n != history}
         if inputs:
             parts.append(f"Inputs:\n{list_fields(inputs, outputs=False)}")
-        parts.append(f"Outputs:\n{list_fields(outputs, outputs=True)}")
-        parts.append(self.form(signature))
-        parts.append(f"Task: {signature.instructions}")
+        if signature.output_fields:
+            parts.append(f"Outputs:\n{list_fields(signature.output_fields, outputs=True)}")
         return "\n\n".join(parts)
 
-    @abc.abstractmethod
-    def form(self, signature: type[Signature]) -> str:
+    def format_field_structure(self, signature: type[Signature]) -> str:
         """Say what an answer looks like."""
-        ...
+        raise NotImplementedError(f"`{type(self).__name__}` must say how its answers look.")
 
-    @abc.abstractmethod
-    def reminder(self, signature: type[Signature]) -> str:
-        """Say in one line, after the inputs, what to write."""
-        ...
+    def format_task_description(self, signature: type[Signature]) -> str:
+        """Give the instructions."""
+        return f"Task: {signature.instructions}"
 
-    @abc.abstractmethod
-    def answer(self, signature: type[Signature], values: Mapping[str, Any]) -> str:
-        """Write an answer as the model should have written it, for a demo."""
-        ...
+    def format_demos(
+        self, signature: type[Signature], demos: Sequence[Mapping[str, Any]]
+    ) -> list[Message]:
+        """Write each demo as a question with its answer.
 
-    @abc.abstractmethod
+        One that has no output of the signature shows nothing, and is left out.
+        """
+        messages: list[Message] = []
+        for demo in demos:
+            if all(demo.get(name) is None for name in signature.output_fields):
+                continue
+            question = self.format_user_message_content(signature, demo)
+            answer = self.format_assistant_message_content(signature, demo, NOT_GIVEN)
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        return messages
+
+    def format_conversation_history(
+        self, signature: type[Signature], history_field_name: str, inputs: Mapping[str, Any]
+    ) -> list[Message]:
+        """Write the turns of a conversation, each as a question with its answer."""
+        history = inputs.get(history_field_name)
+        return [] if history is None else conversation(self, signature, history.messages)
+
+    def format_user_message_content(
+        self,
+        signature: type[Signature],
+        inputs: Mapping[str, Any],
+        prefix: str = "",
+        suffix: str = "",
+        main_request: bool = False,
+    ) -> str | list[dict[str, Any]]:
+        """Write the inputs.
+
+        Args:
+            signature: What is asked.
+            inputs: The values; a required one that is missing is marked as not given.
+            prefix: Text before them.
+            suffix: Text behind them.
+            main_request: Whether it is the question itself, to be ended by a reminder of the form.
+
+        Returns:
+            Text, or content parts if a value has some.
+        """
+        builder = ContentBuilder(self.escape)
+        parts = [prefix] if prefix else []
+        for name, field in signature.input_fields.items():
+            if name in inputs:
+                parts.append(self.format_input(name, format_value(inputs[name], builder)))
+            elif field.required:
+                parts.append(self.format_input(name, NOT_GIVEN))
+        if main_request and (reminder := self.format_reminder(signature)):
+            parts.append(reminder)
+        if suffix:
+            parts.append(suffix)
+        return builder.content("\n\n".join(parts))
+
+    def escape(self, text: str) -> str:
+        """Make text of a user harmless, so that it opens no field."""
+        return fence(text)
+
+    def format_input(self, name: str, text: str) -> str:
+        """Write one input: its name and its value, escaped."""
+        return section(name, text)
+
+    def format_reminder(self, signature: type[Signature]) -> str:
+        """Say in one line, after the inputs, what to write; nothing here."""
+        del signature
+        return ""
+
+    def format_assistant_message_content(
+        self,
+        signature: type[Signature],
+        outputs: Mapping[str, Any],
+        missing_field_message: str | None = None,
+    ) -> str:
+        """Write an answer as the model should have written it.
+
+        Args:
+            signature: What was asked.
+            outputs: The values.
+            missing_field_message: What stands for a value that is missing; None leaves it out.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` must say how its answers look.")
+
+    # -- reading ----------------------------------------------------------------------------------
+
     def parse(
         self, signature: type[Signature], completion: str, *, finish_reason: str | None = "stop"
     ) -> dict[str, Any]:
-        """Read the outputs from an answer.
+        """Read the outputs from the text of an answer.
 
         Raises:
             AdapterParseError: The answer is not one complete value for every output.
         """
-        ...
+        raise NotImplementedError(f"`{type(self).__name__}` must read answers in `parse`.")
 
     def error(
         self, signature: type[Signature], completion: str, reason: str, parsed: object = None

@@ -7,11 +7,15 @@ Not here: mending and bounding of JSON (`adapters/values.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from dspylite.adapters.base import BaseAdapter
+from dspylite.abc import LanguageModel
+from dspylite.adapters.base import Adapter
+from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import json_schemas, parse_json, to_json, validate
+from dspylite.schema.plans import AdapterPlan
 from dspylite.schema.signature import Signature
 
 MAX_OBJECTS = 16
@@ -21,38 +25,76 @@ _STRUCTURE = re.compile(r'[{}"\\]')
 _OPENING = re.compile(r"\{\s*[\"'/]")  # of an object; prose and formulas have braces too
 
 
-class JSONAdapter(BaseAdapter):
+class JSONAdapter(Adapter):
     """Asks for one JSON object that holds every output, and reads it back.
 
     Where the model takes a JSON schema the request carries one, so that the answer cannot have
     another shape.
+
+    Args:
+        callbacks: Told of every format and parse.
+        use_native_function_calling: As for `Adapter`, but on by default.
+        parallel_tool_calls: As for `Adapter`.
+        native_response_types: As for `Adapter`.
     """
 
-    uses_capabilities = True
+    def __init__(
+        self,
+        callbacks: Sequence[Any] | None = None,
+        use_native_function_calling: bool = True,
+        parallel_tool_calls: bool | None = None,
+        native_response_types: Sequence[type[Type]] | None = None,
+    ) -> None:
+        super().__init__(
+            callbacks, use_native_function_calling, native_response_types, parallel_tool_calls
+        )
 
-    def form(self, signature: type[Signature]) -> str:
+    def needs_capabilities(self, signature: type[Signature]) -> bool:
+        """Always: structured output depends on them."""
+        del signature
+        return True
+
+    def prepare(
+        self,
+        signature: type[Signature],
+        inputs: Mapping[str, Any],
+        lm: LanguageModel,
+        params: Mapping[str, Any],
+    ) -> AdapterPlan:
+        """Ask for the provider's structured output too, in the strictest form that it has."""
+        plan = super().prepare(signature, inputs, lm, params)
+        if "tools" in plan.params or not plan.written.output_fields:
+            return plan  # the answer may be calls alone, and no JSON at all
+        form = _structured(plan.written, lm.capabilities)
+        return replace(plan, params={**form, **plan.params})
+
+    def format_field_structure(self, signature: type[Signature]) -> str:
         """Show the keys of the object."""
+        if not signature.output_fields:
+            return ""
         shape = ", ".join(f'"{name}": <{name}>' for name in signature.output_fields)
         return f"Answer with one JSON object and nothing else:\n\n{{{shape}}}"
 
-    def reminder(self, signature: type[Signature]) -> str:
+    def format_reminder(self, signature: type[Signature]) -> str:
         """Name the keys to write."""
+        if not signature.output_fields:
+            return ""
         names = ", ".join(f"`{name}`" for name in signature.output_fields)
         return f"Write one JSON object with the keys {names}."
 
-    def answer(self, signature: type[Signature], values: Mapping[str, Any]) -> str:
-        """Write the object of a demo's answer; keys the demo lacks are null."""
-        return to_json({name: values.get(name) for name in signature.output_fields}, indent=2)
-
-    def params(self, signature: type[Signature], capabilities: frozenset[str]) -> Mapping[str, Any]:
-        """Ask for the provider's structured output, in the strictest form that it has."""
-        if "json_schema" in capabilities and (schema := _strict_schema(signature)) is not None:
-            name = re.sub(r"[^A-Za-z0-9_-]", "_", signature.__name__)[:64]
-            wanted = {"name": name, "schema": schema, "strict": True}
-            return {"response_format": {"type": "json_schema", "json_schema": wanted}}
-        if "json_object" in capabilities or "json_schema" in capabilities:
-            return {"response_format": {"type": "json_object"}}
-        return {}
+    def format_assistant_message_content(
+        self,
+        signature: type[Signature],
+        outputs: Mapping[str, Any],
+        missing_field_message: str | None = None,
+    ) -> str:
+        """Write the object of an answer; keys that are missing are null."""
+        names = [
+            name
+            for name in signature.output_fields
+            if name in outputs or missing_field_message is not None
+        ]
+        return to_json({name: outputs.get(name) for name in names}, indent=2)
 
     def parse(
         self, signature: type[Signature], completion: str, *, finish_reason: str | None = "stop"
@@ -123,6 +165,16 @@ def _outermost_braces(text: str) -> tuple[list[tuple[int, int]], bool]:
                 spans.pop()
             spans.append((start, place + 1))
     return spans, bool(opened)
+
+
+def _structured(signature: type[Signature], capabilities: frozenset[str]) -> dict[str, Any]:
+    if "json_schema" in capabilities and (schema := _strict_schema(signature)) is not None:
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", signature.__name__)[:64]
+        wanted = {"name": name, "schema": schema, "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": wanted}}
+    if "json_object" in capabilities or "json_schema" in capabilities:
+        return {"response_format": {"type": "json_object"}}
+    return {}
 
 
 def _strict_schema(signature: type[Signature]) -> dict[str, Any] | None:

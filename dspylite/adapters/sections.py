@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dspylite.adapters.base import NOT_GIVEN, BaseAdapter, header, section, unfence
+from dspylite.adapters.base import Adapter, header, section, unfence
 from dspylite.adapters.json import JSONAdapter
+from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import format_value, parse_text
 from dspylite.schema.signature import Signature
 
@@ -24,14 +25,17 @@ COMPLETE_REASONS = frozenset({"stop", "end_turn", "eos", "tool_calls"})
 _HEADER = re.compile(r"^[ \t]*\[\[ ## (\S+) ## \]\]", re.MULTILINE)
 
 
-class ChatAdapter(BaseAdapter):
+class ChatAdapter(Adapter):
     """Asks for each output under its own header line and reads them back.
 
     An answer that does not parse is asked for once more as JSON, unless that is switched off.
 
     Args:
         callbacks: Told of every format and parse.
+        use_native_function_calling: As for `Adapter`.
+        native_response_types: As for `Adapter`.
         use_json_adapter_fallback: Whether to ask once more through `JSONAdapter`.
+        parallel_tool_calls: As for `Adapter`.
         accept_truncated: Whether an answer that stopped at its length limit is taken as it is, its
             last output cut, instead of being a `TruncatedError`.
     """
@@ -39,39 +43,60 @@ class ChatAdapter(BaseAdapter):
     def __init__(
         self,
         callbacks: Sequence[Any] | None = None,
-        *,
+        use_native_function_calling: bool = False,
+        native_response_types: Sequence[type[Type]] | None = None,
         use_json_adapter_fallback: bool = True,
+        parallel_tool_calls: bool | None = None,
+        *,
         accept_truncated: bool = False,
     ) -> None:
-        super().__init__(callbacks)
+        super().__init__(
+            callbacks, use_native_function_calling, native_response_types, parallel_tool_calls
+        )
         self.accept_truncated = accept_truncated
         self.use_json_adapter_fallback = use_json_adapter_fallback
-        self._fallback = JSONAdapter(callbacks) if use_json_adapter_fallback else None
+        self._fallback = None
+        if use_json_adapter_fallback:
+            self._fallback = JSONAdapter(
+                callbacks, use_native_function_calling, parallel_tool_calls, native_response_types
+            )
 
     @property
-    def fallback(self) -> BaseAdapter | None:
+    def fallback(self) -> Adapter | None:
         """`JSONAdapter`, unless switched off."""
         return self._fallback
 
-    def form(self, signature: type[Signature]) -> str:
+    def format_field_structure(self, signature: type[Signature]) -> str:
         """Show the sections of an answer."""
-        shape = "\n\n".join(f"{header(name)}\n<{name}>" for name in signature.output_fields)
+        outputs = signature.output_fields
+        if not outputs:
+            return ""
+        shape = "\n\n".join(f"{header(name)}\n<{name}>" for name in outputs)
         return (
             "Write each output below its header line, in this order, then the end marker, and "
             f"nothing else:\n\n{shape}\n\n{header(END)}"
         )
 
-    def reminder(self, signature: type[Signature]) -> str:
+    def format_reminder(self, signature: type[Signature]) -> str:
         """Name the sections to write."""
+        if not signature.output_fields:
+            return ""
         names = ", then ".join(f"`{header(name)}`" for name in signature.output_fields)
         return f"Write {names}, then `{header(END)}`."
 
-    def answer(self, signature: type[Signature], values: Mapping[str, Any]) -> str:
-        """Write the sections of a demo's answer."""
-        parts = [
-            section(name, format_value(values[name]) if name in values else NOT_GIVEN)
-            for name in signature.output_fields
-        ]
+    def format_assistant_message_content(
+        self,
+        signature: type[Signature],
+        outputs: Mapping[str, Any],
+        missing_field_message: str | None = None,
+    ) -> str:
+        """Write the sections of an answer."""
+        parts: list[str] = []
+        for name in signature.output_fields:
+            if name in outputs:
+                parts.append(section(name, format_value(outputs[name])))
+            elif missing_field_message is not None:
+                parts.append(section(name, missing_field_message))
         return "\n\n".join([*parts, header(END)])
 
     def parse(

@@ -22,6 +22,7 @@ import pydantic
 from pydantic.errors import PydanticUserError
 from pydantic_core import SchemaError, to_jsonable_python
 
+from dspylite.adapters.types.base import PartsSink, Type, formatted
 from dspylite.errors import SignatureError
 from dspylite.schema.records import Example
 from dspylite.schema.signature import Field
@@ -36,8 +37,12 @@ _NUMBER_BOUNDS = frozenset({"gt", "ge", "lt", "le", "multiple_of"})
 _TEXT_BOUNDS = frozenset({"min_length", "max_length", "pattern"})
 
 
-def format_value(value: Any) -> str:
+def format_value(value: Any, sink: PartsSink | None = None) -> str:
     """Write a value for a prompt: text as it is, anything structured as JSON.
+
+    Args:
+        value: Anything.
+        sink: Who takes the parts of it that are no text; without one they are written as JSON too.
 
     Example:
         >>> format_value("a text"), format_value(["a", "b"]), format_value(None)
@@ -45,22 +50,28 @@ def format_value(value: Any) -> str:
     """
     if isinstance(value, enum.Enum):
         value = value.value
-    return value if isinstance(value, str) else to_json(value)
+    if sink is not None and isinstance(value, Type):
+        value = formatted(value, sink)
+    return value if isinstance(value, str) else to_json(value, sink=sink)
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
+def to_json(value: Any, *, indent: int | None = None, sink: PartsSink | None = None) -> str:
     """Write any value as JSON; what JSON does not know is written as its text."""
+    known = _jsonable if sink is None else functools.partial(_jsonable, sink=sink)
     try:
-        return json.dumps(value, ensure_ascii=False, default=_jsonable, indent=indent)
+        return json.dumps(value, ensure_ascii=False, default=known, indent=indent)
     except TypeError:  # a key that is no text; `default` is not asked about keys
-        return json.dumps(_with_text_keys(value), ensure_ascii=False, indent=indent)
+        return json.dumps(_with_text_keys(value, sink), ensure_ascii=False, indent=indent)
 
 
-def _jsonable(value: Any) -> Any:
+def _jsonable(value: Any, sink: PartsSink | None = None) -> Any:
+    if isinstance(value, Type) and sink is not None:
+        return formatted(value, sink)
     if isinstance(value, Example):
-        return value.toDict()
+        return dict(value.items())
     if isinstance(value, pydantic.BaseModel):
-        return value.model_dump(mode="json", by_alias=True)  # by the names that are read back
+        # By the names that are read back.
+        return value.model_dump(mode="json", by_alias=True, context=sink)
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, datetime.date | datetime.time):
@@ -78,14 +89,14 @@ def _jsonable(value: Any) -> Any:
     return str(value)
 
 
-def _with_text_keys(value: Any) -> Any:
+def _with_text_keys(value: Any, sink: PartsSink | None) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
-        return {_key(key): _with_text_keys(item) for key, item in value.items()}
+        return {_key(key): _with_text_keys(item, sink) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_text_keys(item) for item in value]
-    return _with_text_keys(_jsonable(value))
+        return [_with_text_keys(item, sink) for item in value]
+    return _with_text_keys(_jsonable(value, sink), sink)
 
 
 def _key(key: Any) -> Any:
@@ -124,7 +135,27 @@ def _describe_type(annotation: Any) -> str:
     if alternatives and type(None) in alternatives and len(alternatives) == 2:
         (other,) = (kind for kind in alternatives if kind is not type(None))
         return f"{_describe_type(other) or 'text'}, or `null`"
-    return f"JSON of this schema: {to_json(json_schema(annotation))}"
+    is_own = isinstance(annotation, type) and issubclass(annotation, Type)
+    if is_own and (words := annotation.description()):
+        return str(words)
+    return f"JSON of this schema: {to_json(_terse(json_schema(annotation)))}"
+
+
+def _terse(schema: Any) -> Any:
+    """Leave out of a schema the titles that pydantic makes of the names that stand there anyway."""
+    if isinstance(schema, list):
+        return [_terse(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: {name: _terse(each) for name, each in value.items()}
+        if key in {"properties", "$defs"}
+        else value
+        if key in {"default", "const", "enum", "examples"}
+        else _terse(value)
+        for key, value in schema.items()
+        if key != "title"
+    }
 
 
 def json_schema(annotation: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from dspylite.runtime.clock import Deadline
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import record_trace
 from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage
+from dspylite.schema.plans import AdapterPlan
 from dspylite.schema.records import Example, Prediction
 from dspylite.schema.secrets import shown_params
 from dspylite.schema.signature import (
@@ -291,7 +292,7 @@ async def _ask(io: Io, question: _Question) -> Prediction:
 class _Asking:
     """One question through one adapter: what is asked, and what is made of the answers."""
 
-    __slots__ = ("_adapter", "_io", "_question", "_responses")
+    __slots__ = ("_adapter", "_io", "_plan", "_question", "_responses")
 
     def __init__(
         self, io: Io, adapter: Adapter, question: _Question, responses: list[LMResponse]
@@ -308,15 +309,16 @@ class _Asking:
             AdapterParseError: One cannot be read, nor what came in its place.
         """
         question, adapter = self._question, self._adapter
-        signature = question.signature
-        shown = {"signature": signature, "demos": question.demos, "inputs": question.inputs}
+        if adapter.needs_capabilities(question.signature):
+            await self._io.any(lambda: question.lm.capabilities)
+        self._plan = plan = adapter.prepare(
+            question.signature, question.inputs, question.lm, question.params
+        )
+        shown = {"signature": plan.written, "demos": question.demos, "inputs": question.inputs}
         with Observed("adapter_format", adapter, shown) as call:
-            messages = adapter.format(signature, question.demos, question.inputs)
+            messages = adapter.format(plan.written, question.demos, question.inputs)
             call.outputs = messages
-        capabilities: frozenset[str] = frozenset()
-        if adapter.uses_capabilities:
-            capabilities = await self._io.any(lambda: question.lm.capabilities)
-        params = {**adapter.params(signature, capabilities), **question.params}
+        params = plan.params
         response = await self._send(messages, params)
         rows: list[dict[str, Any]] = []
         unreadable: dict[int, AdapterParseError] = {}
@@ -328,9 +330,9 @@ class _Asking:
                     unreadable[index] = error
                     rows.append({})
         except BaseException:
-            _judge(response, is_readable=False)
+            response.judge(is_readable=False)
             raise
-        _judge(response, is_readable=not unreadable)
+        response.judge(is_readable=not unreadable)
         for index, problem in unreadable.items():
             output = response.outputs[index]
             rows[index] = await self._repaired(messages, params, output, problem)
@@ -369,36 +371,26 @@ class _Asking:
             else:
                 return row
             finally:
-                _judge(response, is_readable=is_readable)
+                response.judge(is_readable=is_readable)
         raise error
 
     def _read(self, output: LMOutput) -> dict[str, Any]:
-        adapter, signature = self._adapter, self._question.signature
-        shown = {"signature": signature, "completion": output.text}
-        with Observed("adapter_parse", adapter, shown) as call:
-            row = _parse(adapter, signature, output)
+        shown = {"signature": self._plan.written, "completion": output.text}
+        with Observed("adapter_parse", self._adapter, shown) as call:
+            row = _read(self._adapter, self._plan, output)
             call.outputs = row
         return row
 
 
-def _judge(response: LMResponse, *, is_readable: bool) -> None:
-    """Say whether an answer is worth keeping."""
-    if response.verdict is not None:
-        if is_readable:
-            response.verdict.accept()
-        else:
-            response.verdict.reject()
-
-
-def _parse(adapter: Adapter, signature: type[Signature], output: LMOutput) -> dict[str, Any]:
+def _read(adapter: Adapter, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
     try:
-        return adapter.parse(signature, output.text, finish_reason=output.finish_reason)
+        return adapter.read(plan, output)
     except AdapterParseError as error:
         if output.finish_reason != "length":
             raise
         raise TruncatedError(
             error.adapter_name,
-            signature,
+            plan.signature,
             output.text,
             "The model stopped at its length limit before the answer was complete; give it room by "
             f"`max_tokens=`. {error.message}",

@@ -256,3 +256,11 @@ class LMResponse:
     cached: bool = False
     verdict: Verdict | None = field(default=None, repr=False, compare=False)
     stream: DeltaSource | None = field(default=None, repr=False, compare=False)
+
+    def judge(self, *, is_readable: bool) -> None:
+        """Say whether the answer is worth keeping."""
+        if self.verdict is not None:
+            if is_readable:
+                self.verdict.accept()
+            else:
+                self.verdict.reject()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from dspylite.abc import Engine, Io, Middleware, Next
-from dspylite.adapters.base import BaseAdapter
+from dspylite.adapters.base import Adapter
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.models.base import BaseLM
 from dspylite.models.embedder import Embedder
@@ -128,7 +128,7 @@ class FakeLM(BaseLM):
         answers: Answers = (),
         *,
         default: Answer = "No more answers are scripted.",
-        adapter: BaseAdapter | None = None,
+        adapter: Adapter | None = None,
         model: str = "fake/lm",
         num_retries: int = 0,
         **kwargs: Any,
@@ -181,7 +181,7 @@ DummyLM = FakeLM
 
 
 class _Script:
-    def __init__(self, answers: Answers, default: Answer, adapter: BaseAdapter) -> None:
+    def __init__(self, answers: Answers, default: Answer, adapter: Adapter) -> None:
         self._lock = threading.Lock()  # guards `_left` and `requests`
         self._answers = answers
         self._left = [] if callable(answers) or isinstance(answers, Mapping) else list(answers)
@@ -215,7 +215,7 @@ class _Script:
 
     def _write(self, outputs: Mapping[str, Any]) -> str:
         signature = make_signature({name: (Any, OutputField()) for name in outputs})
-        return self._adapter.answer(signature, outputs)
+        return self._adapter.format_assistant_message_content(signature, outputs)
 
 
 class FakeEmbedder(Embedder):

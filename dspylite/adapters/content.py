@@ -1,0 +1,72 @@
+"""The content of one message: text, with the parts that are no text at their places.
+
+Not here: what stands in a message (`adapters/base.py`), and which values have parts
+(`adapters/types/`).
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+
+class ContentBuilder:
+    """Takes the parts of values while a message is written, and splices them in at the end.
+
+    In the text a mark stands for them, made with a random number of this message alone, so that no
+    text of a user can ever be taken for one.
+
+    Args:
+        escape: How text that comes in parts is made harmless, as all data is.
+
+    Example:
+        >>> builder = ContentBuilder()
+        >>> mark = builder.put([{"type": "image_url", "image_url": {"url": "https://e.org/a"}}])
+        >>> [part["type"] for part in builder.content(f"Look: {mark}!")]
+        ['text', 'image_url', 'text']
+    """
+
+    __slots__ = ("_escape", "_nonce", "_parts")
+
+    def __init__(self, escape: Callable[[str], str] = str) -> None:
+        self._escape = escape
+        self._nonce = ""
+        self._parts: list[list[dict[str, Any]]] = []
+
+    def put(self, parts: list[dict[str, Any]]) -> str:
+        """Take content parts; return the mark that stands for them in the text."""
+        self._nonce = self._nonce or secrets.token_hex(12)
+        self._parts.append([self._harmless(part) for part in parts])
+        return f"@{self._nonce}-{len(self._parts) - 1}@"
+
+    def _harmless(self, part: dict[str, Any]) -> dict[str, Any]:
+        text = part.get("text")
+        return {**part, "text": self._escape(text)} if isinstance(text, str) else dict(part)
+
+    def content(self, text: str) -> str | list[dict[str, Any]]:
+        """Return the text as it is, or cut into parts where there are some."""
+        if not self._parts:
+            return text
+        # Inside of JSON the mark has become a string, with quotes around it.
+        pieces = re.split(f'("?)@{self._nonce}-([0-9]+)@\\1', text)
+        found: list[dict[str, Any]] = []
+        for place in range(0, len(pieces), 3):
+            _add_text(found, pieces[place])
+            if place + 2 < len(pieces):
+                for part in self._parts[int(pieces[place + 2])]:
+                    if part["type"] == "text" and set(part) == {"type", "text"}:
+                        _add_text(found, part["text"])
+                    else:
+                        found.append(part)
+        return found
+
+
+def _add_text(parts: list[dict[str, Any]], text: str) -> None:
+    if not text:
+        return
+    if parts and set(parts[-1]) == {"type", "text"}:
+        parts[-1] = {"type": "text", "text": parts[-1]["text"] + text}
+    else:
+        parts.append({"type": "text", "text": text})

@@ -1,0 +1,126 @@
+"""A conversation as messages: the turns of a `History`, with the calls of tools in them.
+
+Not here: how the values of one turn are written (`adapters/base.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from dspylite.adapters.native import without
+from dspylite.adapters.types.history import History
+from dspylite.adapters.types.tools import ToolCall, ToolCallResults, ToolCalls
+from dspylite.adapters.values import format_value, to_json
+from dspylite.schema.messages import Message
+from dspylite.schema.signature import Signature
+
+RESULTS = "tool_call_results"
+"""Name under which results are told to a model that knows no messages of tools."""
+
+
+class Writer(Protocol):
+    """What writes the values of one turn; an `Adapter`."""
+
+    def format_user_message_content(
+        self, signature: type[Signature], inputs: Mapping[str, Any], prefix: str = ""
+    ) -> str | list[dict[str, Any]]:
+        """Write the inputs."""
+        ...
+
+    def format_assistant_message_content(
+        self, signature: type[Signature], outputs: Mapping[str, Any]
+    ) -> str:
+        """Write the outputs."""
+        ...
+
+    def format_input(self, name: str, text: str) -> str:
+        """Write one input."""
+        ...
+
+    @property
+    def use_native_function_calling(self) -> bool:
+        """Whether calls are told in the provider's own form."""
+        ...
+
+
+@functools.lru_cache(maxsize=1024)
+def history_field(signature: type[Signature]) -> str | None:
+    """Name the input that holds the conversation; None without one."""
+    for name, field in signature.input_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, History):
+            return name
+    return None
+
+
+def conversation(
+    writer: Writer, signature: type[Signature], turns: Iterable[Mapping[str, Any]]
+) -> list[Message]:
+    """Write turns as messages. A turn holds inputs, outputs or both; other keys are passed over."""
+    messages: list[Message] = []
+    for turn in turns:
+        given = tuple(name for name in signature.input_fields if turn.get(name) is not None)
+        if given:
+            asked = _only(signature, given)
+            content = writer.format_user_message_content(asked, turn)
+            messages.append({"role": "user", "content": content})
+        messages += _answer(writer, signature, turn)
+    return messages
+
+
+def _answer(writer: Writer, signature: type[Signature], turn: Mapping[str, Any]) -> list[Message]:
+    name, calls = _calls_of(turn)
+    results = None
+    if calls is not None and calls.tool_call_results is not None:
+        results = ToolCallResults.model_validate(calls.tool_call_results)
+    is_native = calls is not None and writer.use_native_function_calling
+    said = tuple(
+        each
+        for each in signature.output_fields
+        if turn.get(each) is not None and not (is_native and each == name)
+    )
+    shown = dict(turn)
+    if calls is not None and name is not None and not is_native:
+        shown[name] = ToolCalls(tool_calls=calls.tool_calls)
+    text = writer.format_assistant_message_content(_only(signature, said), shown) if said else ""
+    messages: list[Message] = []
+    if is_native and calls is not None and results is not None and _belong(calls, results):
+        wanted = [_as_message_call(call) for call in calls.tool_calls]
+        messages.append({"role": "assistant", "content": text or None, "tool_calls": wanted})
+        for result in results.tool_call_results:
+            value = format_value(result.value)
+            messages.append(
+                {"role": "tool", "tool_call_id": result.call_id or "", "content": value}
+            )
+        return messages
+    if text:
+        messages.append({"role": "assistant", "content": text})
+    if results is not None:
+        told = writer.format_input(RESULTS, to_json(results.model_dump()[RESULTS]))
+        messages.append({"role": "user", "content": told})
+    return messages
+
+
+def _calls_of(turn: Mapping[str, Any]) -> tuple[str | None, ToolCalls | None]:
+    for name, value in turn.items():
+        if isinstance(value, ToolCalls):
+            return name, value
+        if isinstance(value, Mapping) and "tool_calls" in value:
+            return name, ToolCalls.model_validate(dict(value))
+    return None, None
+
+
+def _belong(calls: ToolCalls, results: ToolCallResults) -> bool:
+    """Tell whether each call has an id and its own result, as providers demand."""
+    ids = [call.id for call in calls.tool_calls]
+    return all(ids) and ids == [result.call_id for result in results.tool_call_results]
+
+
+def _as_message_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": to_json(call.args)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _only(signature: type[Signature], names: tuple[str, ...]) -> type[Signature]:
+    return without(signature, tuple(name for name in signature.fields if name not in names))

@@ -1,0 +1,493 @@
+"""`Tool`: a function that a model may call. `ToolCalls`, `ToolCallResults`: its wishes, what came.
+
+Not here: asking a model for calls (`adapters/base.py`), and the loop of an agent
+(`programs/react.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import pydantic
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from dspylite.abc import Io
+from dspylite.adapters.types.base import Type
+from dspylite.adapters.values import json_schema, parse_json, to_json, type_adapter
+from dspylite.errors import ToolError, nearest
+from dspylite.runtime.calls import Observed
+from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class Tool(Type):
+    """A function that a model may call, with the name, words and argument types it is told.
+
+    What is not given is read from the function: its name, its docstring, its annotations. Sync and
+    async functions work from sync and async programs alike. Arguments are checked and converted to
+    their types before the function sees them.
+
+    Args:
+        func: The function, method or callable object.
+        name: What the model calls it by.
+        desc: What it does, in words for the model.
+        args: JSON schema of each argument, by name.
+        arg_types: Python type of each argument, by name.
+        arg_desc: What each argument means, by name.
+
+    Raises:
+        ToolError: `func` cannot be called by a model.
+
+    Example:
+        >>> def add(x: int, y: int = 1) -> int:
+        ...     "Add two numbers."
+        ...     return x + y
+        >>> tool = Tool(add)
+        >>> tool.name, tool.desc, tool.args["y"]
+        ('add', 'Add two numbers.', {'type': 'integer', 'default': 1})
+        >>> tool(x="2")
+        3
+    """
+
+    kind: ClassVar[str] = "tool"
+
+    func: Callable[..., Any]
+    name: str
+    desc: str = ""
+    args: dict[str, Any] = pydantic.Field(default_factory=dict)
+    arg_types: dict[str, Any] = pydantic.Field(default_factory=dict)
+    arg_desc: dict[str, str] = pydantic.Field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    has_kwargs: bool = False
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        name: str | None = None,
+        desc: str | None = None,
+        args: Mapping[str, Any] | None = None,
+        arg_types: Mapping[str, Any] | None = None,
+        arg_desc: Mapping[str, str] | None = None,
+        **given: Any,
+    ) -> None:
+        if not callable(func):
+            raise ToolError(f"A tool needs a function, not {func!r}.")
+        read = _read_function(func, arg_types or {}, arg_desc or {}, is_told=args is not None)
+        fields: dict[str, Any] = {
+            **read._asdict(),
+            "func": func,
+            "name": name or _name_of(func),
+            "desc": _words_of(func) if desc is None else desc,
+            "arg_desc": dict(arg_desc or {}),
+        }
+        if args is not None:  # what is told of them holds, and not what the function could take
+            needed = tuple(name for name in args if "default" not in args[name])
+            types = {**read.arg_types, **(arg_types or {})}
+            fields |= {"args": dict(args), "arg_types": types, "required": needed}
+            fields |= {"has_kwargs": False, **given}
+        super().__init__(**fields)
+
+    def __call__(self, /, **kwargs: Any) -> Any:
+        """Call the function on this thread; an async one is run to its end.
+
+        Raises:
+            ToolError: The arguments do not fit.
+        """
+        return run_flow(self.plan(BLOCKING, (), kwargs))
+
+    async def acall(self, /, **kwargs: Any) -> Any:
+        """Call the function and await it; a sync one runs in a worker thread.
+
+        Raises:
+            ToolError: The arguments do not fit.
+        """
+        return await self.plan(ASYNC, (), kwargs)
+
+    async def plan(self, io: Io, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call the function through a driver, told to callbacks."""
+        if args:
+            raise ToolError(f"Arguments of `{self.name}` are passed by name, not by position.")
+        with Observed("tool", self, dict(kwargs)) as call:
+            call.outputs = await io.any(functools.partial(self.func, **self.checked(kwargs)))
+        return call.outputs
+
+    def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments converted to their types.
+
+        Raises:
+            ToolError: One is unknown, missing, or does not fit.
+        """
+        converted: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in self.args and not self.has_kwargs:
+                raise ToolError(
+                    f"`{self.name}` has no argument `{name}`. {nearest(name, self.args)}"
+                    f"It takes: {', '.join(self.args) or 'none'}."
+                )
+            wanted = self.arg_types.get(name, Any)
+            if wanted is Any:
+                converted[name] = value
+                continue
+            try:
+                converted[name] = type_adapter(wanted, ()).validate_python(value)
+            except pydantic.ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                place = ".".join([name, *map(str, first["loc"])])
+                raise ToolError(
+                    f"The argument `{place}` of `{self.name}`: {first['msg']}."
+                ) from None
+        if missing := [name for name in self.required if name not in given]:
+            raise ToolError(
+                f"`{self.name}` needs {', '.join(f'`{name}`' for name in missing)} too."
+            )
+        return converted
+
+    def format(self) -> dict[str, Any]:
+        """Write the tool as JSON for a prompt."""
+        return {"name": self.name, "desc": self.desc, "args": self._described()}
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            name: {**schema, **({"description": text} if (text := self.arg_desc.get(name)) else {})}
+            for name, schema in self.args.items()
+        }
+
+    def format_as_litellm_function_call(self) -> dict[str, Any]:
+        """Return the definition that OpenAI-compatible providers take among `tools`."""
+        schema = {
+            "type": "object",
+            "properties": self._described(),
+            "required": list(self.required),
+        }
+        return {
+            "type": "function",
+            "function": {"name": self.name, "description": self.desc, "parameters": schema},
+        }
+
+    def __str__(self) -> str:
+        words = f": {' '.join(self.desc.split())}" if self.desc else ""
+        return f"`{self.name}`{words} Arguments: {to_json(self._described())}"
+
+    def __repr__(self) -> str:
+        return f"Tool(name={self.name!r}, desc={self.desc!r}, args={self.args!r})"
+
+
+class _Read(typing.NamedTuple):
+    """What a function's own parameters say."""
+
+    args: dict[str, Any]
+    arg_types: dict[str, Any]
+    required: tuple[str, ...]
+    has_kwargs: bool
+
+
+def _read_function(
+    func: Callable[..., Any],
+    arg_types: Mapping[str, Any],
+    arg_desc: Mapping[str, str],
+    *,
+    is_told: bool,
+) -> _Read:
+    """Read the parameters of a function, of which the user may have told already."""
+    hints = _hints_of(func)
+    schemas: dict[str, Any] = {}
+    types: dict[str, Any] = {}
+    required: list[str] = []
+    try:
+        parameters = inspect.signature(func).parameters
+    except (TypeError, ValueError) as error:
+        if is_told:
+            return _Read({}, {}, (), has_kwargs=True)
+        raise ToolError(
+            f"The parameters of {func!r} cannot be read; give them as `args=` and `arg_types=`."
+        ) from error
+    for name, parameter in parameters.items():
+        if parameter.kind in _VARIADIC:
+            continue
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise ToolError(
+                f"The parameter `{name}` of `{_name_of(func)}` can only be passed by position, and "
+                "models name their arguments; wrap the function in one that takes it by name."
+            )
+        types[name] = arg_types.get(name, hints.get(name, Any))
+        schemas[name] = _schema_of(types[name])
+        if parameter.default is inspect.Parameter.empty:
+            required.append(name)
+        else:
+            schemas[name]["default"] = _json_default(parameter.default)
+        if name in arg_desc:
+            schemas[name]["description"] = arg_desc[name]
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return _Read(schemas, types, tuple(required), inspect.Parameter.VAR_KEYWORD in kinds)
+
+
+def _hints_of(func: Callable[..., Any]) -> dict[str, Any]:
+    while isinstance(func, functools.partial):
+        func = func.func
+    holder = func if inspect.isroutine(func) or inspect.isclass(func) else type(func).__call__
+    try:
+        return typing.get_type_hints(
+            holder.__init__ if inspect.isclass(holder) else holder, include_extras=True
+        )
+    except (NameError, TypeError):  # an annotation that nothing resolves says nothing
+        return {}
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    while isinstance(func, functools.partial):
+        func = func.func
+    return str(getattr(func, "__name__", type(func).__name__))
+
+
+def _words_of(func: Callable[..., Any]) -> str:
+    while isinstance(func, functools.partial):
+        func = func.func
+    is_plain = inspect.isroutine(func) or inspect.isclass(func)
+    own = inspect.getdoc(func) or ""
+    return own if is_plain else (inspect.getdoc(type(func).__call__) or own)
+
+
+def _schema_of(annotation: Any) -> dict[str, Any]:
+    """Return the JSON schema of an argument, without references where that is possible."""
+    if annotation is Any:
+        return {}
+    try:
+        schema = json_schema(annotation)
+    except (pydantic.errors.PydanticUserError, pydantic.errors.PydanticSchemaGenerationError):
+        return {}  # of a type that JSON does not know; the function gets the value as it comes
+    definitions = schema.pop("$defs", {})
+    return typing.cast("dict[str, Any]", _inlined(schema, definitions, ()))
+
+
+def _inlined(node: Any, definitions: Mapping[str, Any], inside: tuple[str, ...]) -> Any:
+    if isinstance(node, list):
+        return [_inlined(item, definitions, inside) for item in node]
+    if not isinstance(node, dict):
+        return node
+    name = str(node.get("$ref", "")).rpartition("/")[2]
+    if name not in definitions:
+        return {key: _inlined(value, definitions, inside) for key, value in node.items()}
+    if name in inside:  # a type that holds itself; one turn of it tells the model enough
+        return {"type": "object"}
+    rest = {key: value for key, value in node.items() if key != "$ref"}
+    return {**_inlined(definitions[name], definitions, (*inside, name)), **rest}
+
+
+def _json_default(value: Any) -> Any:
+    try:
+        return to_jsonable_python(value)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+class ToolCall(Type):
+    """One call that a model wants made.
+
+    Attributes:
+        name: Of the tool.
+        args: Arguments by name.
+        id: The provider's id of the call, which its result must bear; None if it gave none.
+    """
+
+    name: str
+    args: dict[str, Any]
+    id: str | None = None
+
+    def format(self) -> dict[str, Any]:
+        """Write the call as JSON."""
+        return {"name": self.name, "args": self.args}
+
+    async def plan(self, io: Io, tools: Mapping[str, Any]) -> Any:
+        """Make the call through a driver.
+
+        Raises:
+            ToolError: There is no such tool, or the arguments do not fit.
+        """
+        if self.name not in tools:
+            raise ToolError(
+                f"There is no tool `{self.name}`. {nearest(self.name, tools)}"
+                f"The tools are: {', '.join(tools) or 'none'}."
+            )
+        found = tools[self.name]
+        return await (found if isinstance(found, Tool) else Tool(found)).plan(io, (), self.args)
+
+    def execute(self, functions: Mapping[str, Any] | Sequence[Any]) -> Any:
+        """Make the call on this thread.
+
+        Args:
+            functions: The tools, or functions, by name or in a list.
+
+        Raises:
+            ToolError: There is no such tool, or the arguments do not fit.
+        """
+        return run_flow(self.plan(BLOCKING, _by_name(functions)))
+
+    async def aexecute(self, functions: Mapping[str, Any] | Sequence[Any]) -> Any:
+        """Make the call and await it; otherwise as `execute`."""
+        return await self.plan(ASYNC, _by_name(functions))
+
+
+def _by_name(functions: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, Any]:
+    if isinstance(functions, Mapping):
+        return functions
+    tools = [each if isinstance(each, Tool) else Tool(each) for each in functions]
+    return {tool.name: tool for tool in tools}
+
+
+_Call = ToolCall  # inside of `ToolCalls` the name is that of its attribute
+
+
+class ToolCalls(Type):
+    """The calls that a model wants made, as an output; in a conversation also what they gave.
+
+    Attributes:
+        tool_calls: The calls, in order.
+        tool_call_results: What they gave, as a `ToolCallResults`, for a conversation.
+
+    Example:
+        >>> calls = ToolCalls.from_dict_list([{"name": "search", "args": {"query": "cats"}}])
+        >>> calls.tool_calls[0].name
+        'search'
+    """
+
+    ToolCall: ClassVar[type[_Call]] = ToolCall
+
+    tool_calls: list[_Call]
+    tool_call_results: Any = None
+
+    @classmethod
+    def from_dict_list(cls, tool_calls_dicts: Iterable[Mapping[str, Any]]) -> Self:
+        """Make them of dicts: `{"name", "args"}`, or the form of a provider."""
+        return cls(tool_calls=[ToolCall(**_call_fields(each)) for each in tool_calls_dicts])
+
+    @classmethod
+    def description(cls) -> str:
+        """Show a model how calls are written."""
+        return 'JSON such as {"tool_calls": [{"name": "search", "args": {"query": "cats"}}]}'
+
+    def format(self) -> dict[str, Any]:
+        """Write the calls as JSON, with what they gave."""
+        written: dict[str, Any] = {"tool_calls": [call.format() for call in self.tool_calls]}
+        if self.tool_call_results is not None:
+            written["tool_call_results"] = self.tool_call_results
+        return written
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any) -> Any:
+        if isinstance(data, list):
+            return {"tool_calls": [_call_fields(item) for item in data]}
+        if isinstance(data, Mapping) and "tool_calls" in data:
+            calls = data["tool_calls"]
+            listed = isinstance(calls, list)
+            return {**data, "tool_calls": [_call_fields(c) for c in calls] if listed else calls}
+        if isinstance(data, Mapping) and {"name", "function"} & set(data):
+            return {"tool_calls": [_call_fields(data)]}
+        return data
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: Any, handler: pydantic.GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Show a model what it is to write, and not what is filled in later."""
+        schema = handler.resolve_ref_schema(
+            super().__get_pydantic_json_schema__(core_schema, handler)
+        )
+        schema.get("properties", {}).pop("tool_call_results", None)
+        return schema
+
+
+def _call_fields(call: Any) -> Any:
+    """Read one call in whatever form it comes.
+
+    Raises:
+        ValueError: Its arguments are no JSON object.
+    """
+    if not isinstance(call, Mapping):
+        return call
+    function = call.get("function")
+    inner: Mapping[str, Any] = function if isinstance(function, Mapping) else {}
+    for name in ("args", "arguments"):
+        args = call.get(name) if name in call else inner.get(name, PydanticUndefined)
+        if args is not PydanticUndefined:
+            break
+    else:
+        args = {}
+    if isinstance(args, str):
+        args = parse_json(args) if args.strip() else {}
+    return {
+        # Of OpenAI's `/responses`, results must bear the `call_id`, and not the item's own id.
+        "id": call.get("call_id") or call.get("id"),
+        "name": inner.get("name") or call.get("name"),
+        "args": {} if args is None else args,
+    }
+
+
+class ToolCallResult(pydantic.BaseModel):
+    """What one call gave.
+
+    Attributes:
+        name: Of the tool.
+        value: What it returned, or the words of its failure.
+        call_id: The id of the call.
+        is_error: Whether it failed.
+    """
+
+    name: str
+    value: Any
+    call_id: str | None = None
+    is_error: bool = False
+
+
+_Result = ToolCallResult
+
+
+class ToolCallResults(pydantic.BaseModel):
+    """What the calls of a model gave, in their order.
+
+    Attributes:
+        tool_call_results: One result for each call.
+    """
+
+    ToolCallResult: ClassVar[type[_Result]] = ToolCallResult
+
+    tool_call_results: list[_Result]
+
+    @classmethod
+    def from_tool_calls_and_values(
+        cls,
+        tool_calls: ToolCalls | Sequence[ToolCall],
+        values: Sequence[Any],
+        is_errors: Sequence[bool] | None = None,
+    ) -> Self:
+        """Join calls and what they gave.
+
+        Raises:
+            ValueError: There are more of one than of the other.
+        """
+        calls = tool_calls.tool_calls if isinstance(tool_calls, ToolCalls) else list(tool_calls)
+        failed = [False] * len(calls) if is_errors is None else list(is_errors)
+        if not len(calls) == len(values) == len(failed):
+            raise ValueError(
+                f"There are {len(calls)} calls, {len(values)} values and {len(failed)} marks of "
+                "failure; give one of each for every call."
+            )
+        results = [
+            ToolCallResult(call_id=call.id, name=call.name, value=value, is_error=is_error)
+            for call, value, is_error in zip(calls, values, failed, strict=True)
+        ]
+        return cls(tool_call_results=results)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any) -> Any:
+        if isinstance(data, list):
+            return {"tool_call_results": data}
+        if isinstance(data, Mapping) and "value" in data:
+            return {"tool_call_results": [data]}
+        return data
