@@ -230,12 +230,17 @@ class Adapter:
         plan = self.prepare(signature, inputs, lm, lm_kwargs)
         messages = self.format(plan.written, demos, inputs)
         response = await lm.plan(io, messages, plan.params)
-        is_readable = False
+        is_readable, rows = False, []
         try:
             rows = [self.read(plan, output) for output in response.outputs]
             is_readable = True
+        except AdapterParseError:
+            if self.fallback is None:
+                raise
         finally:
             response.judge(is_readable=is_readable)
+        if self.fallback is not None and not is_readable:
+            return await self.fallback._ask(io, lm, lm_kwargs, signature, demos, inputs)  # noqa: SLF001  # its own class
         return rows
 
     # -- writing ----------------------------------------------------------------------------------

@@ -135,10 +135,14 @@ def _describe_type(annotation: Any) -> str:
     if alternatives and type(None) in alternatives and len(alternatives) == 2:
         (other,) = (kind for kind in alternatives if kind is not type(None))
         return f"{_describe_type(other) or 'text'}, or `null`"
-    is_own = isinstance(annotation, type) and issubclass(annotation, Type)
-    if is_own and (words := annotation.description()):
-        return str(words)
+    if own := _own_words(annotation):
+        return own
     return f"JSON of this schema: {to_json(_terse(json_schema(annotation)))}"
+
+
+def _own_words(annotation: Any) -> str:
+    is_own = isinstance(annotation, type) and issubclass(annotation, Type)
+    return annotation.description() if is_own else ""
 
 
 def _terse(schema: Any) -> Any:

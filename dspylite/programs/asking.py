@@ -1,0 +1,173 @@
+"""One question through an adapter: what is asked, and what is made of the answers.
+
+Not here: what a caller may ask (`programs/predict.py`), and the text of it (`adapters/`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dspylite.abc import Adapter, Io, LanguageModel
+from dspylite.adapters.base import repair_turn
+from dspylite.adapters.sections import ChatAdapter
+from dspylite.errors import AdapterParseError, TruncatedError
+from dspylite.runtime.calls import Observed
+from dspylite.runtime.settings import settings
+from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage
+from dspylite.schema.plans import AdapterPlan
+from dspylite.schema.records import Prediction
+from dspylite.schema.signature import Signature
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_ADAPTER = ChatAdapter()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Everything one call needs, settled before any request goes out."""
+
+    signature: type[Signature]
+    demos: Sequence[Mapping[str, Any]]
+    inputs: Mapping[str, Any]
+    lm: LanguageModel
+    params: Mapping[str, Any]
+    parse_retries: int
+    deadline_s: float | None
+
+
+async def ask(io: Io, question: Question) -> Prediction:
+    """Ask through the adapter; if its answer does not parse, once more through its fallback."""
+    adapter: Adapter = settings.adapter or _DEFAULT_ADAPTER
+    responses: list[LMResponse] = []
+    try:
+        rows = await _Asking(io, adapter, question, responses).rows()
+    except AdapterParseError as error:
+        # In another form the answer would be as long, and cut again.
+        if adapter.fallback is None or isinstance(error, TruncatedError):
+            raise
+        logger.debug("%s; asking again through %s", error.message, type(adapter.fallback).__name__)
+        try:
+            rows = await _Asking(io, adapter.fallback, question, responses).rows()
+        except AdapterParseError as second:
+            raise second from error
+    prediction = Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
+    usage: dict[str, Usage] = {}
+    for response in responses:
+        name = response.answered_by or question.lm.model
+        usage[name] = usage.get(name, Usage()) + response.usage
+    prediction.set_lm_usage(usage)
+    prediction.set_lm_attempts([attempt for each in responses for attempt in each.attempts])
+    return prediction
+
+
+class _Asking:
+    """One question through one adapter: what is asked, and what is made of the answers."""
+
+    __slots__ = ("_adapter", "_io", "_plan", "_question", "_responses")
+
+    def __init__(
+        self, io: Io, adapter: Adapter, question: Question, responses: list[LMResponse]
+    ) -> None:
+        self._io = io
+        self._adapter = adapter
+        self._question = question
+        self._responses = responses  # receives all, also of the adapter before
+
+    async def rows(self) -> list[dict[str, Any]]:
+        """Ask, and read each of the answers.
+
+        Raises:
+            AdapterParseError: One cannot be read, nor what came in its place.
+        """
+        question, adapter = self._question, self._adapter
+        if adapter.needs_capabilities(question.signature):
+            await self._io.any(lambda: question.lm.capabilities)
+        self._plan = plan = adapter.prepare(
+            question.signature, question.inputs, question.lm, question.params
+        )
+        shown = {"signature": plan.written, "demos": question.demos, "inputs": question.inputs}
+        with Observed("adapter_format", adapter, shown) as call:
+            messages = adapter.format(plan.written, question.demos, question.inputs)
+            call.outputs = messages
+        params = plan.params
+        response = await self._send(messages, params)
+        rows: list[dict[str, Any]] = []
+        unreadable: dict[int, AdapterParseError] = {}
+        try:
+            for index, output in enumerate(response.outputs):
+                try:
+                    rows.append(self._read(output))
+                except AdapterParseError as error:
+                    unreadable[index] = error
+                    rows.append({})
+        except BaseException:
+            response.judge(is_readable=False)
+            raise
+        response.judge(is_readable=not unreadable)
+        for index, problem in unreadable.items():
+            output = response.outputs[index]
+            rows[index] = await self._repaired(messages, params, output, problem)
+        return rows
+
+    async def _send(self, messages: Sequence[Message], params: Mapping[str, Any]) -> LMResponse:
+        response = await self._question.lm.plan(self._io, messages, params)
+        self._responses.append(response)
+        return response
+
+    async def _repaired(
+        self,
+        messages: Sequence[Message],
+        params: Mapping[str, Any],
+        output: LMOutput,
+        error: AdapterParseError,
+    ) -> dict[str, Any]:
+        """Tell the model what is wrong with its answer, as often as it may be; read the next one.
+
+        Raises:
+            AdapterParseError: The last answer cannot be read either.
+        """
+        for _ in range(self._question.parse_retries):
+            if isinstance(error, TruncatedError):  # the next one would be cut as well
+                break
+            logger.debug("%s; telling the model", error.message)
+            messages = [*messages, *repair_turn(output.text, error)]
+            response = await self._send(messages, {**params, "n": None})
+            output = response.outputs[0]
+            is_readable = False
+            try:
+                row = self._read(output)
+                is_readable = True
+            except AdapterParseError as again:
+                error = again
+            else:
+                return row
+            finally:
+                response.judge(is_readable=is_readable)
+        raise error
+
+    def _read(self, output: LMOutput) -> dict[str, Any]:
+        shown = {"signature": self._plan.written, "completion": output.text}
+        with Observed("adapter_parse", self._adapter, shown) as call:
+            row = _read(self._adapter, self._plan, output)
+            call.outputs = row
+        return row
+
+
+def _read(adapter: Adapter, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
+    try:
+        return adapter.read(plan, output)
+    except AdapterParseError as error:
+        if output.finish_reason != "length":
+            raise
+        raise TruncatedError(
+            error.adapter_name,
+            plan.signature,
+            output.text,
+            "The model stopped at its length limit before the answer was complete; give it room by "
+            f"`max_tokens=`. {error.message}",
+            error.parsed_result,
+        ) from error
