@@ -11,9 +11,11 @@ import typing
 from dspylite.adapters.base import Adapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
+from dspylite.adapters.two_step import TwoStepAdapter
 from dspylite.adapters.types.base import Type
 from dspylite.adapters.types.history import History
 from dspylite.adapters.types.tools import Tool, ToolCallResults, ToolCalls
+from dspylite.adapters.xml import XMLAdapter
 from dspylite.concurrency.executors import asyncify, syncify
 from dspylite.concurrency.outcome import Outcome
 from dspylite.concurrency.parallel import Parallel
@@ -200,9 +202,11 @@ __all__ = [
     "ToolCalls",
     "ToolError",
     "TruncatedError",
+    "TwoStepAdapter",
     "Type",
     "Usage",
     "UsageTracker",
+    "XMLAdapter",
     "asyncify",
     "bind",
     "bind_iter",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import anyio
 
@@ -199,6 +199,11 @@ class LanguageModel(Protocol):
 class Adapter(Protocol):
     """Turns a signature and values into messages, and an answer into values. Pure text."""
 
+    calls_models: ClassVar[bool]
+    """Whether it makes calls of its own, beside the one that is read."""
+    has_own_call: ClassVar[bool]
+    """Whether it asks the model itself, by `__call__` and `acall`."""
+
     @property
     def fallback(self) -> Adapter | None:
         """The adapter to try once when an answer does not parse; None for none."""
@@ -227,7 +232,18 @@ class Adapter(Protocol):
         """Write the prompt."""
         ...
 
-    def read(self, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
+    def __call__(
+        self,
+        lm: LanguageModel,
+        lm_kwargs: Mapping[str, Any],
+        signature: type[Signature],
+        demos: Sequence[Mapping[str, Any]],
+        inputs: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Ask a model and read its answers, on this thread."""
+        ...
+
+    async def read(self, io: Io, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
         """Read the outputs from an answer, each with its declared type.
 
         Raises:

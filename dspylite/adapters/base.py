@@ -6,6 +6,7 @@ for text (`adapters/native.py`); conversations (`adapters/turns.py`).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +106,12 @@ class Adapter:
             provider.
     """
 
+    calls_models: ClassVar[bool] = False
+    """Whether it makes calls of its own, beside the one that is read."""
+
+    has_own_call: ClassVar[bool] = False
+    """Whether a subclass has overridden `__call__` or `acall`, by which it is then asked."""
+
     _reads_reason: ClassVar[bool] = True
 
     def __init__(
@@ -121,8 +128,12 @@ class Adapter:
         self._tasks: dict[type[Signature], str] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """See whether `parse` wants to know why the model stopped; DSPy's adapters do not."""
+        """See which of the ways to be overridden a subclass uses.
+
+        `parse` of an adapter written for DSPy does not want to know why the model stopped.
+        """
         super().__init_subclass__(**kwargs)
+        cls.has_own_call = cls.__call__ is not Adapter.__call__ or cls.acall is not Adapter.acall
         parameters = inspect.signature(cls.parse).parameters
         cls._reads_reason = "finish_reason" in parameters or any(
             each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()
@@ -164,12 +175,15 @@ class Adapter:
             return self.native.plan(signature, inputs, lm, params)
         return AdapterPlan(signature=signature, written=signature, params=params)
 
-    def read(self, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
+    async def read(self, io: Io, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
         """Read all outputs from one answer: its text, and what came beside it.
+
+        Waits for nothing here; an adapter that needs a further call overrides it.
 
         Raises:
             AdapterParseError: The answer is not one complete value for every output.
         """
+        del io
         if plan.written is plan.signature and not output.tool_calls:
             return self._parsed(plan.signature, output)
         return self.native.read(plan, output, self._parsed)
@@ -203,7 +217,7 @@ class Adapter:
             AdapterParseError: One of them cannot be read.
             LMError: The call failed.
         """
-        return run_flow(self._ask(BLOCKING, lm, lm_kwargs, signature, demos, inputs))
+        return run_flow(self.ask(BLOCKING, lm, lm_kwargs, signature, demos, inputs))
 
     async def acall(
         self,
@@ -214,9 +228,9 @@ class Adapter:
         inputs: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         """Ask a model and read its answers; otherwise as `__call__`."""
-        return await self._ask(ASYNC, lm, lm_kwargs, signature, demos, inputs)
+        return await self.ask(ASYNC, lm, lm_kwargs, signature, demos, inputs)
 
-    async def _ask(
+    async def ask(
         self,
         io: Io,
         lm: LanguageModel,
@@ -225,6 +239,7 @@ class Adapter:
         demos: Sequence[Mapping[str, Any]],
         inputs: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
+        """Ask a model through a driver and read its answers; otherwise as `__call__`."""
         if self.needs_capabilities(signature):
             await io.any(lambda: lm.capabilities)
         plan = self.prepare(signature, inputs, lm, lm_kwargs)
@@ -232,7 +247,7 @@ class Adapter:
         response = await lm.plan(io, messages, plan.params)
         is_readable, rows = False, []
         try:
-            rows = [self.read(plan, output) for output in response.outputs]
+            rows = [await self.read(io, plan, output) for output in response.outputs]
             is_readable = True
         except AdapterParseError:
             if self.fallback is None:
@@ -240,7 +255,7 @@ class Adapter:
         finally:
             response.judge(is_readable=is_readable)
         if self.fallback is not None and not is_readable:
-            return await self.fallback._ask(io, lm, lm_kwargs, signature, demos, inputs)  # noqa: SLF001  # its own class
+            return await self.fallback.ask(io, lm, lm_kwargs, signature, demos, inputs)
         return rows
 
     # -- writing ----------------------------------------------------------------------------------
@@ -346,25 +361,28 @@ class Adapter:
         Returns:
             Text, or content parts if a value has some.
         """
-        builder = ContentBuilder(self.escape)
+        builder = ContentBuilder(functools.partial(self.escape, signature))
         parts = [prefix] if prefix else []
         for name, field in signature.input_fields.items():
             if name in inputs:
-                parts.append(self.format_input(name, format_value(inputs[name], builder)))
+                text = format_value(inputs[name], builder)
+                parts.append(self.format_input(signature, name, text))
             elif field.required:
-                parts.append(self.format_input(name, NOT_GIVEN))
+                parts.append(self.format_input(signature, name, NOT_GIVEN))
         if main_request and (reminder := self.format_reminder(signature)):
             parts.append(reminder)
         if suffix:
             parts.append(suffix)
         return builder.content("\n\n".join(parts))
 
-    def escape(self, text: str) -> str:
+    def escape(self, signature: type[Signature], text: str) -> str:
         """Make text of a user harmless, so that it opens no field."""
+        del signature
         return fence(text)
 
-    def format_input(self, name: str, text: str) -> str:
+    def format_input(self, signature: type[Signature], name: str, text: str) -> str:
         """Write one input: its name and its value, escaped."""
+        del signature
         return section(name, text)
 
     def format_reminder(self, signature: type[Signature]) -> str:

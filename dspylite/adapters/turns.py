@@ -35,7 +35,7 @@ class Writer(Protocol):
         """Write the outputs."""
         ...
 
-    def format_input(self, name: str, text: str) -> str:
+    def format_input(self, signature: type[Signature], name: str, text: str) -> str:
         """Write one input."""
         ...
 
@@ -97,7 +97,7 @@ def _answer(writer: Writer, signature: type[Signature], turn: Mapping[str, Any])
     if text:
         messages.append({"role": "assistant", "content": text})
     if results is not None:
-        told = writer.format_input(RESULTS, to_json(results.model_dump()[RESULTS]))
+        told = writer.format_input(signature, RESULTS, to_json(results.model_dump()[RESULTS]))
         messages.append({"role": "user", "content": told})
     return messages
 

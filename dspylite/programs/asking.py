@@ -15,7 +15,9 @@ from dspylite.adapters.base import repair_turn
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.errors import AdapterParseError, TruncatedError
 from dspylite.runtime.calls import Observed
+from dspylite.runtime.flow import own_form
 from dspylite.runtime.settings import settings
+from dspylite.runtime.tracking import track_usage
 from dspylite.schema.messages import LMOutput, LMResponse, Message, Usage
 from dspylite.schema.plans import AdapterPlan
 from dspylite.schema.records import Prediction
@@ -42,6 +44,29 @@ class Question:
 async def ask(io: Io, question: Question) -> Prediction:
     """Ask through the adapter; if its answer does not parse, once more through its fallback."""
     adapter: Adapter = settings.adapter or _DEFAULT_ADAPTER
+    if not (adapter.calls_models or adapter.has_own_call):
+        return await _asked(io, adapter, question)
+    with track_usage() as tracker:  # the adapter's own calls belong to the prediction, too
+        prediction = await (_own_way if adapter.has_own_call else _asked)(io, adapter, question)
+    prediction.set_lm_usage(tracker.by_model)
+    return prediction
+
+
+async def _own_way(io: Io, adapter: Adapter, question: Question) -> Prediction:
+    """Ask through the `__call__` or `acall` that a user has written."""
+    door = await own_form(io, adapter, "__call__", "acall") or adapter
+    rows = await io.any(
+        door,
+        lm=question.lm,
+        lm_kwargs=dict(question.params),
+        signature=question.signature,
+        demos=list(question.demos),
+        inputs=dict(question.inputs),
+    )
+    return Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
+
+
+async def _asked(io: Io, adapter: Adapter, question: Question) -> Prediction:
     responses: list[LMResponse] = []
     try:
         rows = await _Asking(io, adapter, question, responses).rows()
@@ -100,7 +125,7 @@ class _Asking:
         try:
             for index, output in enumerate(response.outputs):
                 try:
-                    rows.append(self._read(output))
+                    rows.append(await self._read(output))
                 except AdapterParseError as error:
                     unreadable[index] = error
                     rows.append({})
@@ -139,7 +164,7 @@ class _Asking:
             output = response.outputs[0]
             is_readable = False
             try:
-                row = self._read(output)
+                row = await self._read(output)
                 is_readable = True
             except AdapterParseError as again:
                 error = again
@@ -149,17 +174,17 @@ class _Asking:
                 response.judge(is_readable=is_readable)
         raise error
 
-    def _read(self, output: LMOutput) -> dict[str, Any]:
+    async def _read(self, output: LMOutput) -> dict[str, Any]:
         shown = {"signature": self._plan.written, "completion": output.text}
         with Observed("adapter_parse", self._adapter, shown) as call:
-            row = _read(self._adapter, self._plan, output)
+            row = await _read(self._io, self._adapter, self._plan, output)
             call.outputs = row
         return row
 
 
-def _read(adapter: Adapter, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
+async def _read(io: Io, adapter: Adapter, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
     try:
-        return adapter.read(plan, output)
+        return await adapter.read(io, plan, output)
     except AdapterParseError as error:
         if output.finish_reason != "length":
             raise

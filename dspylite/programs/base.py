@@ -25,7 +25,7 @@ from dspylite.concurrency.parallel import BatchOptions, Parallel
 from dspylite.errors import LMConfigurationError, ModuleError
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.clock import Deadline
-from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
+from dspylite.runtime.flow import ASYNC, BLOCKING, own_form, run_flow
 from dspylite.runtime.history import History, recording_in
 from dspylite.runtime.inspection import pretty_print_history
 from dspylite.runtime.settings import checked_callbacks, settings
@@ -110,13 +110,7 @@ class Module:
         return dict(kwargs) if not args else {"args": tuple(args), **kwargs}
 
     async def _body(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:
-        cls: type = type(self)
-        stale = _stale_body(cls)
-        forward = None if stale == "forward" else getattr(self, "forward", None)
-        aforward = None if stale == "aforward" else getattr(self, "aforward", None)
-        body = forward or aforward
-        if forward is not None and aforward is not None:
-            body = await io.call(_OWN_SIDE, forward, aforward)
+        body = await own_form(io, self, "forward", "aforward")
         if body is None:
             raise ModuleError(
                 f"`{type(self).__name__}` has neither `forward` nor `aforward`, so it cannot be "
@@ -412,33 +406,6 @@ class Planned(Module):
         if cls.forward is Planned.forward and cls.aforward is Planned.aforward:
             return await self.steps(io, *args, **kwargs)
         return await super()._body(io, *args, **kwargs)
-
-
-async def _second(forward: Any, aforward: Any) -> Any:
-    del forward
-    return aforward
-
-
-_OWN_SIDE: Both[[Any, Any], Any] = Both(lambda forward, aforward: forward, _second)  # noqa: ARG005
-"""Picks the body for the driver's side; it is then called by `io.any`, as either may be async."""
-
-
-@functools.lru_cache(maxsize=1024)
-def _stale_body(cls: type) -> str | None:
-    """Name the body that a class left behind when it overrode one of a pair that it inherited.
-
-    Of a base that has both `forward` and `aforward`, a subclass that overrides one of them means
-    both; the other one would ignore its override.
-    """
-    homes: dict[str, int] = {}
-    for place, base in enumerate(cls.__mro__):
-        for name in ("forward", "aforward"):
-            if name in vars(base):
-                homes.setdefault(name, place)
-    if len(homes) < 2:
-        return None
-    near, far = sorted(homes, key=homes.__getitem__)
-    return far if homes[near] < homes[far] and near in vars(cls.__mro__[homes[far]]) else None
 
 
 _Replace = Callable[[Any], None]

@@ -6,6 +6,7 @@ so that one body serves sync and async callers. Not here: what plans do.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -269,3 +270,50 @@ def run_flow(plan: Coroutine[Any, Any, T]) -> T:
         f"`{name}` awaited something that only an event loop can wait for. "
         "A plan waits through its `io`: `io.call`, `io.any`, `io.sleep`, `io.map`, `io.enter`."
     )
+
+
+async def own_form(io: Io, holder: Any, call: str, acall: str) -> Callable[..., Any] | None:
+    """Find the method of a user's object that serves this driver, to be run by `io.any`.
+
+    Args:
+        io: The driver.
+        holder: The object.
+        call: Name of its sync method.
+        acall: Name of its async method.
+
+    Returns:
+        Of two that are both meant the one of the driver's side, else the only one; None without.
+    """
+    cls: type = type(holder)
+    stale = _stale_form(cls, call, acall)
+    blocking = None if stale == call else getattr(holder, call, None)
+    awaiting = None if stale == acall else getattr(holder, acall, None)
+    if blocking is None or awaiting is None:
+        return cast("Callable[..., Any] | None", blocking or awaiting)
+    return cast("Callable[..., Any]", await io.call(_OWN_SIDE, blocking, awaiting))
+
+
+async def _second(blocking: Any, awaiting: Any) -> Any:
+    del blocking
+    return awaiting
+
+
+_OWN_SIDE: Both[[Any, Any], Any] = Both(lambda blocking, awaiting: blocking, _second)  # noqa: ARG005
+
+
+@functools.lru_cache(maxsize=1024)
+def _stale_form(cls: type, call: str, acall: str) -> str | None:
+    """Name the form that a class left behind when it overrode one of a pair that it inherited.
+
+    Of a base that has both, a subclass that overrides one of them means both; the other one would
+    ignore its override.
+    """
+    homes: dict[str, int] = {}
+    for place, base in enumerate(cls.__mro__):
+        for name in (call, acall):
+            if name in vars(base):
+                homes.setdefault(name, place)
+    if len(homes) < 2:
+        return None
+    near, far = sorted(homes, key=homes.__getitem__)
+    return far if homes[near] < homes[far] and near in vars(cls.__mro__[homes[far]]) else None
