@@ -3,8 +3,10 @@
 import datetime
 import decimal
 import enum
+import sys
 import threading
 import uuid
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Optional, Union
 
@@ -16,7 +18,13 @@ from hypothesis import strategies as st
 import dspylite
 from dspylite.errors import SignatureError
 from dspylite.schema import grammar
-from dspylite.schema.grammar import REQUIRED, parse_signature, type_name
+from dspylite.schema.grammar import (
+    REQUIRED,
+    parse_signature,
+    register_type,
+    type_name,
+    unknown_types,
+)
 
 
 class Colour(enum.Enum):
@@ -80,6 +88,10 @@ def test_field_without_a_type_is_text() -> None:
         ("Any", Any),
         ("'int'", int),
         ("None", None),
+        ("Sequence[str]", Sequence[str]),
+        ("typing.Mapping[str, int]", Mapping[str, int]),
+        ("FrozenSet[str]", frozenset[str]),
+        ("complex | NoneType", Optional[complex]),  # noqa: UP045
     ],
 )
 def test_types_are_read(text: str, expected: Any) -> None:
@@ -93,6 +105,17 @@ def test_custom_types_are_found_by_their_name() -> None:
     found = types_of("question -> place: list[Place], colour: geo.Colour | None", custom)
     assert found["place"] == list[Place]
     assert found["colour"] == Optional[Colour]  # noqa: UP045  # the equal type
+
+
+def test_custom_types_may_hold_the_type_that_is_meant() -> None:
+    """`Map.Place` with `custom_types={"Map": Map}`, as in DSPy; a value in it is no type."""
+
+    class Map:
+        Place = Place
+        size = 3
+
+    assert types_of("q -> a: list[Map.Place]", {"Map": Map})["a"] == list[Place]
+    assert "`Map.size`" in refusal("q -> a: Map.size", {"Map": Map})
 
 
 def test_custom_types_win_over_known_ones() -> None:
@@ -127,6 +150,76 @@ def test_signature_may_have_no_input() -> None:
     """A program may just produce something."""
     inputs, outputs = parse_signature("-> joke")
     assert (inputs, [field.name for field in outputs]) == ((), ["joke"])
+
+
+# --- types of the package, by their bare name -----------------------------------------------------
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> type:
+    monkeypatch.setattr(grammar, "_registered", grammar._registered)
+    register_type("Picture", Colour)
+    return Colour
+
+
+@pytest.mark.parametrize("name", ["Picture", "dspy.Picture", "dspylite.Picture"])
+def test_registered_types_need_no_custom_types(name: str, registered: type) -> None:
+    """`dspy.Image` in a text means our image, under whatever name the package is imported."""
+    assert types_of(f"q: list[{name}] -> a")["q"] == list[registered]  # type: ignore[valid-type]
+
+
+def test_custom_types_win_over_registered_ones(registered: type) -> None:
+    """A program's own `Picture` is what its texts mean."""
+    assert types_of("q: Picture -> a", {"Picture": Place})["q"] is Place
+
+
+def test_misspelt_registered_type_gets_its_hint(registered: type) -> None:
+    """As any other type."""
+    assert "Did you mean `Picture`?" in refusal("q: Pictrue -> a")
+
+
+def test_name_that_no_text_could_hold_is_not_registered() -> None:
+    """It would never be found."""
+    with pytest.raises(SignatureError, match="a-b"):
+        register_type("a-b", Colour)
+
+
+def test_types_registered_from_32_threads_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules may be imported from several threads at once."""
+    monkeypatch.setattr(grammar, "_registered", grammar._registered)
+    barrier = threading.Barrier(32, timeout=30)
+
+    def register(number: int) -> None:
+        barrier.wait()
+        for step in range(50):
+            register_type(f"Kind{number}x{step}", Colour)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # between any two steps another thread may go on
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            list(pool.map(register, range(32)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert sum(name.startswith("Kind") for name in grammar._registered) == 32 * 50
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("q: str -> a: list[int]", ()),
+        (
+            "q: Place -> a: dict[str, 'g.Place'] | Colour, b: Place",
+            ("Place", "g.Place", "Colour"),
+        ),
+        ("q: Literal['Place'] -> a: typing.Literal['Colour']", ()),
+        ("q: Optional[Box[Place]] -> a: tuple[Colour, ...]", ("Box", "Place", "Colour")),
+        ("q: (lambda: 1)() -> a", ()),
+    ],
+)
+def test_unknown_types_of_a_text_are_listed_once(text: str, names: tuple[str, ...]) -> None:
+    """These are looked for where the caller stands, and nothing else is."""
+    assert unknown_types(text) == names
 
 
 # --- what it refuses, and how --------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """`Example`, `Prediction`, `Completions`: what DSPy programs do with them, and that they travel."""
 
 import copy
+import datetime
+import decimal
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +73,95 @@ def test_example_starts_from_another_and_overrides() -> None:
     assert list(changed.inputs()) == ["question"]
     assert base.answer == "2"
     assert "extra" not in base
-    assert Example({"a": 1}, b=2) == Example(a=1, b=2)
+    assert Example({"a": 1}, b=2) == Example(base={"a": 1}, b=2) == Example(a=1, b=2)
+
+
+def test_records_start_from_each_other() -> None:
+    """A labelled example becomes a prediction, in a metric's test say; DSPy's would be empty."""
+    assert Prediction(example()).answer == "2"
+    assert Prediction(Prediction(answer="2"), score=1) == Prediction(answer="2", score=1)
+    assert list(Example(Prediction(example())).inputs()) == ["question"]
+
+
+@pytest.mark.parametrize("base", [3, "text", [1], [("a", 1, 2)]])
+@pytest.mark.parametrize("kind", [Example, Prediction])
+def test_record_from_something_else_is_refused(kind: Any, base: Any) -> None:
+    """DSPy makes an empty record of it, and the values are lost."""
+    with pytest.raises(TypeError, match=f"`{kind.__name__}` starts from a record or a dict, not"):
+        kind(base)
+
+
+@pytest.mark.parametrize("name", ["self", "items", "copy", "_store", "_input_keys", "a b", "__x"])
+def test_values_may_have_any_name(name: str) -> None:
+    """Columns of a data set are not for us to name; what is no attribute is read as an item."""
+    for record in (Example(**{name: 1}), Prediction(**{name: 1}), Example({name: 1}).copy()):
+        assert record[name] == record.get(name) == 1
+        assert record.items() == [(name, 1)]
+        assert pickle.loads(pickle.dumps(record)) == copy.deepcopy(record) == record
+
+
+NOTED = Example(question="1+1?", dspy_uuid="u", answer="2").with_inputs("question")
+
+
+def test_notes_are_kept_and_passed_over() -> None:
+    """DSPy keeps ids and splits under `dspy_` names, which no prompt and no table is to show."""
+    assert NOTED.keys() == ["question", "answer"]
+    assert NOTED.values() == ["1+1?", "2"]
+    assert NOTED.items() == [("question", "1+1?"), ("answer", "2")]
+    assert len(NOTED) == 2
+    assert dict(NOTED) == {"question": "1+1?", "answer": "2"}
+    assert "dspy_uuid" not in repr(NOTED)
+    assert NOTED.dspy_uuid == NOTED["dspy_uuid"] == NOTED.get("dspy_uuid") == "u"
+    assert "dspy_uuid" in NOTED
+    assert NOTED.copy().dspy_uuid == NOTED.labels().dspy_uuid == "u"
+    assert NOTED.toDict() == {"question": "1+1?", "dspy_uuid": "u", "answer": "2"}
+
+
+def test_notes_are_shown_if_asked_for() -> None:
+    """By DSPy's keyword, or by position."""
+    assert NOTED.keys(include_dspy=True) == NOTED.keys(True) == ["question", "dspy_uuid", "answer"]
+    assert NOTED.values(include_dspy=True) == ["1+1?", "u", "2"]
+    assert NOTED.items(include_dspy=True)[1] == ("dspy_uuid", "u")
+
+
+class Counted(Example):
+    """A record class of a user, with things of its own."""
+
+    seen = 0
+
+    def __init__(self, base: Any = None, **values: Any) -> None:
+        super().__init__(base, **values)
+        self._size = 1
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @size.setter
+    def size(self, value: int) -> None:
+        self._size = value
+
+
+def test_attributes_of_a_users_class_are_no_values() -> None:
+    """What the class defines is read and written as in any class."""
+    record = Counted(a=1)
+    record.seen = 3
+    record.size = 4
+    assert (record.seen, record.size, dict(record)) == (3, 4, {"a": 1})
+    assert (record.copy().seen, record.with_inputs("a").inputs().size) == (3, 4)
+    assert isinstance(record.without("a"), Counted)
+    del record.seen
+    assert record.seen == 0
+
+
+def test_value_never_hides_a_method() -> None:
+    """In DSPy an assignment by a method's name breaks the record."""
+    record = Example(a=1)
+    record.keys = 5
+    assert record["keys"] == 5
+    assert record.keys() == ["a", "keys"]
+    with pytest.raises(AttributeError):
+        Prediction(a=1).completions = []
 
 
 @pytest.mark.parametrize("record", [example(), Prediction(question="1+1?", answer="2")])
@@ -116,15 +207,20 @@ def test_with_inputs_returns_a_copy() -> None:
 
 def test_inputs_unsaid_raise_with_the_remedy() -> None:
     """Passing everything, labels included, would tell the model the answer."""
-    with pytest.raises(ValueError, match=r"\['answer', 'question'\].*with_inputs"):
-        Example(question="1+1?", answer="2").inputs()
+    record = Example(question="1+1?", answer="2")
+    for read in (record.inputs, record.labels, example().labels().inputs):
+        with pytest.raises(ValueError, match=r"\['answer', .*\].*with_inputs"):
+            read()
 
 
 def test_without_leaves_out_and_keeps_the_rest() -> None:
     """A demo without its answer is a question."""
     record = example()
-    assert list(record.without("answer", "nope")) == ["question", "tags"]
+    assert list(record.without("answer")) == ["question", "tags"]
+    assert list(record.without("question").inputs()) == []
     assert list(record) == ["question", "answer", "tags"]
+    with pytest.raises(KeyError, match="Did you mean `answer`"):
+        record.without("anwser")
 
 
 # --- copies --------------------------------------------------------------------------------------
@@ -224,6 +320,24 @@ def test_to_dict_gives_plain_dicts_and_lists() -> None:
 def test_repr_shows_class_and_values() -> None:
     """Logs and tests print it."""
     assert repr(Prediction(answer="Paris", n=2)) == "Prediction(answer='Paris', n=2)"
+    assert str(Example(a=[1])) == "Example(a=[1])"
+    assert repr(Prediction.from_completions({"a": [1, 2]})) == "Prediction(a=1) (2 completions)"
+
+
+def test_to_dict_leaves_what_json_does_not_know() -> None:
+    """As DSPy does: a reader gets dates, and `json.dumps(..., default=str)` writes them."""
+    day = datetime.date(2024, 5, 1)
+    assert Example(day=day, kind=Model).toDict() == {"day": day, "kind": Model}
+
+
+def test_to_dict_asks_what_can_tell() -> None:
+    """A record class of another library, DSPy's among them, knows its own plain form."""
+
+    class Foreign:
+        def toDict(self) -> dict[str, int]:  # noqa: N802
+            return {"x": 1}
+
+    assert Example(a=[Foreign()]).toDict() == {"a": [{"x": 1}]}
 
 
 # --- predictions as numbers ----------------------------------------------------------------------
@@ -238,6 +352,37 @@ def test_predictions_add_and_divide_by_score() -> None:
     assert high / low == 4
     assert (high / 4, 1 / low) == (0.5, 2)
     assert float(high) == 2.0
+
+
+def test_predictions_subtract_and_multiply_by_score() -> None:
+    """Weights and improvements are computed from scores, too."""
+    low, high = Prediction(score=0.5), Prediction(score=2)
+    assert (high - low, high - 1, 1 - low) == (1.5, 1, 0.5)
+    assert (high * low, high * 3, 3 * low) == (1, 6, 1.5)
+    assert low + decimal.Decimal(1) == 1.5
+
+
+@pytest.mark.parametrize("other", ["1", None, [1], 1j, Example(score=1)])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.truediv,
+        operator.lt,
+        operator.le,
+        operator.gt,
+        operator.ge,
+    ],
+)
+def test_prediction_and_what_is_no_number_cannot_be_computed_with(
+    compute: Callable[[Any, Any], Any], other: Any
+) -> None:
+    """A text that looks like a number is a mistake, not a number."""
+    for pair in ((Prediction(score=1), other), (other, Prediction(score=1))):
+        with pytest.raises(TypeError):
+            compute(*pair)
 
 
 def test_predictions_compare_by_score() -> None:
@@ -269,7 +414,7 @@ def test_prediction_without_a_score_cannot_be_computed_with(
     compute: Callable[[Prediction], Any],
 ) -> None:
     """The error says which values there are, for the score may have another name."""
-    with pytest.raises(TypeError, match=r"with a `score`.*answer, points"):
+    with pytest.raises(ValueError, match=r"with a `score`.*answer, points"):
         compute(Prediction(answer="x", points=3))
 
 
@@ -310,6 +455,48 @@ def test_completions_of_unequal_length_are_refused() -> None:
         Completions({"a": [1, 2], "b": [1]})
 
 
+@pytest.mark.parametrize("values", ["ab", 5, None, {"x": 1}])
+def test_column_that_is_no_list_is_refused(values: Any) -> None:
+    """The letters of a text would pass for its answers."""
+    with pytest.raises(ValueError, match="`a` needs a list of values, not"):
+        Completions({"a": values})
+
+
+@pytest.mark.parametrize("second", [{"b": 1}, {}, {"a": 1, "b": 2}])
+def test_completions_with_different_fields_are_refused(second: dict[str, int]) -> None:
+    """Their values would move into the rows of others; in DSPy they do."""
+    with pytest.raises(ValueError, match=r"the first has \['a'\], number 1 has"):
+        Completions([{"a": 1}, second])
+
+
+def test_completions_are_made_from_completions_and_records() -> None:
+    """Programs pass on what they have."""
+    rows = Completions([Prediction(a=1), Example(a=2)])
+    assert (
+        rows.a == Completions(rows).a == Prediction.from_completions(rows).completions.a == [1, 2]
+    )
+
+
+def test_completions_keep_their_signature() -> None:
+    """DSPy's `majority` looks there for the last output."""
+    assert Completions({"a": [1]}, signature="q -> a").signature == "q -> a"
+    assert Completions({"a": [1]}).signature is None
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_completions_survive_their_journey(carrier: str) -> None:
+    """They travel inside predictions and alone."""
+    twin = CARRIERS[carrier](Completions({"a": [1, 2]}))
+    assert (twin.a, len(twin), twin[1].a) == ([1, 2], 2, 2)
+
+
+def test_no_completions_are_none_at_all() -> None:
+    """Length and iteration need no first column; DSPy's raise `StopIteration`."""
+    assert len(Completions([])) == len(Completions({})) == 0
+    assert list(Completions([])) == []
+    assert len(Prediction.from_completions([])) == 0
+
+
 @pytest.mark.parametrize("index", [2, -3])
 def test_completion_out_of_range_is_an_index_error(index: int) -> None:
     """Iteration by index ends with it."""
@@ -344,6 +531,27 @@ def test_usage_is_none_until_somebody_counted() -> None:
     assert prediction.get_lm_usage() == {
         "m": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4, "calls": 1}
     }
+
+
+def test_usage_may_be_a_dict_as_in_dspy() -> None:
+    """A program that sums the usage of its parts gives it back in the form that it got."""
+    prediction = Prediction(answer="a")
+    prediction.set_lm_usage({"m": {"prompt_tokens": 3, "completion_tokens": 1}})
+    assert prediction.get_lm_usage() == {"m": {"prompt_tokens": 3, "completion_tokens": 1}}
+    (prediction.get_lm_usage() or {})["m"]["prompt_tokens"] = 9
+    assert (prediction.get_lm_usage() or {})["m"]["prompt_tokens"] == 3
+    prediction.set_lm_usage(None)
+    assert prediction.get_lm_usage() is None
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda p: p.copy(), lambda p: p.without("answer"), lambda p: p.copy(answer="b")]
+)
+def test_copies_keep_the_usage(copied: Callable[[Prediction], Prediction]) -> None:
+    """What was paid was paid; DSPy's copies forget it."""
+    prediction = Prediction(answer="a")
+    prediction.set_lm_usage({"m": Usage(calls=1)})
+    assert copied(prediction).get_lm_usage() == prediction.get_lm_usage()
 
 
 def test_usage_of_a_copy_is_its_own() -> None:

@@ -167,7 +167,10 @@ def test_field_names_of_a_class_are_checked() -> None:
             lambda: OutputField(minlength=3),
             "`OutputField` takes no `minlength`. Did you mean `min_length`?",
         ),
-        (lambda: OutputField(default=3), "`OutputField` takes no `default`."),
+        (lambda: OutputField(alias="x"), "`OutputField` takes no `alias`."),
+        (lambda: InputField(default_factory=list), "Did you mean `default`?"),
+        (lambda: OutputField(allow_inf_nan=True), "takes no `allow_inf_nan=True`"),
+        (lambda: OutputField(json_schema_extra=list), "must be a dict, not"),
     ],
 )
 def test_misspelt_field_options_are_refused(make: Callable[[], Any], part: str) -> None:
@@ -175,6 +178,62 @@ def test_misspelt_field_options_are_refused(make: Callable[[], Any], part: str) 
     with pytest.raises(SignatureError) as raised:
         make()
     assert part in str(raised.value)
+
+
+def test_default_of_an_output_is_kept_and_warned_of() -> None:
+    """DSPy takes it and never uses it; a program with one runs, and its writer is told."""
+    with pytest.warns(UserWarning, match="has no effect.*`| None`") as warned:
+        field = OutputField(default=3)
+    assert field.default == 3
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("call", [InputField, OutputField])
+@pytest.mark.parametrize("option", ["format", "parser"])
+def test_options_of_old_dspy_programs_are_taken_with_a_warning(
+    call: Callable[..., Any], option: str
+) -> None:
+    """They have no effect in DSPy either."""
+    with pytest.warns(DeprecationWarning, match=f"`{option}` of .* has no effect") as warned:
+        field = call(**{option: str})
+    assert field.json_schema_extra[option] is str
+    assert warned[0].filename == __file__
+
+
+def test_field_is_read_as_dspy_programs_read_it() -> None:
+    """They look for pydantic's names, and for the words in `json_schema_extra`."""
+    made = make_signature(
+        {
+            "q": (str, InputField(description="what", title="Q", json_schema_extra={"unit": "m"})),
+            "a": (float, OutputField(ge=0, allow_inf_nan=False, json_schema_extra={"desc": "d"})),
+            "b": OutputField(),
+        }
+    )
+    q, a, b = made.fields.values()
+    assert (q.desc, q.description, q.title, q.is_required()) == ("what", "what", "Q", True)
+    assert (b.desc, b.description, b.title) == ("", None, None)
+    assert (a.desc, a.constraints) == ("d", (("ge", 0),))
+    assert q.json_schema_extra == {
+        "desc": "what",
+        "prefix": "Q:",
+        "title": "Q",
+        "unit": "m",
+        "__dspy_field_type": "input",
+    }
+    assert a.json_schema_extra["constraints"] == "ge=0"
+    assert b.json_schema_extra["desc"] == "${b}"
+
+
+def test_placeholder_of_dspy_is_no_description() -> None:
+    """DSPy writes `${name}` into saved programs where nobody described a field."""
+    assert make_signature({"q": InputField(desc="${q}"), "a": OutputField()}).fields["q"].desc == ""
+    assert QA.with_updated_fields("question", desc="${question}").fields["question"].desc == ""
+
+
+def test_words_of_a_field_cannot_be_written_through_the_back_door() -> None:
+    """It would change nothing, or all threads' prompts; `with_updated_fields` makes a new one."""
+    with pytest.raises(TypeError):
+        QA.fields["answer"].json_schema_extra["desc"] = "x"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +273,35 @@ def test_output_type_that_no_text_can_become_is_refused_when_the_predictor_is_ma
 def test_inputs_may_be_of_any_class() -> None:
     """They are only written, as text."""
     assert Predict({"q": (_NoSchema, InputField()), "answer": OutputField()}).signature is not None
+
+
+class Asked(Signature):
+    """Ask."""
+
+    text: str = InputField()
+    more: str = InputField()
+    reply: str = OutputField()
+
+
+class Rated(Signature):
+    stars: int = OutputField()
+    more: int = InputField(desc="how many")
+
+
+class Helper:
+    limit = 3
+
+
+class Joined(Asked, Rated, Helper):
+    note: str = OutputField()
+
+
+def test_signatures_are_joined_as_python_joins_classes() -> None:
+    """The order is DSPy's: the last base first; the first base wins where both have a field."""
+    assert Joined.signature == "more, text -> stars, reply, note"
+    assert types_of(Joined)["more"] is str
+    assert Joined.instructions == "Ask."
+    assert Joined.limit == 3
 
 
 # --- what a signature class is not ---------------------------------------------------------------
@@ -270,6 +358,21 @@ def test_equal_texts_give_the_same_class() -> None:
     assert make_signature("a -> b: int") is not make_signature("a -> b: int", "Do it.")
 
 
+def test_name_and_types_may_come_by_position() -> None:
+    """`Signature` takes what `make_signature` takes, in the same order."""
+    found = Signature("q -> a: Kind", "Do.", "Named", {"Kind": Literal["x"]})  # type: ignore[call-arg]
+    assert repr(found) == "Named(q: str -> a: Literal['x'])"
+
+
+def test_dict_of_another_signatures_fields_keeps_their_types() -> None:
+    """`Signature(dict(other.fields))` is how DSPy programs copy one."""
+    assert types_of(make_signature(dict(QA.fields))) == types_of(QA)
+    assert types_of(make_signature({"q": (None, InputField()), "a": OutputField()})) == {
+        "q": str,
+        "a": str,
+    }
+
+
 def test_dict_of_fields_makes_a_signature() -> None:
     """Programs that compute their fields have no text and no class."""
     found = make_signature(
@@ -292,7 +395,7 @@ def test_custom_types_serve_one_signature_only() -> None:
     assert types_of(first)["place"] is Place
     assert types_of(second)["place"] is text_annotations.Place
     with pytest.raises(SignatureError):
-        make_signature("q -> place: Place")
+        make_signature("q -> place: Place", custom_types={})
 
 
 @pytest.mark.parametrize(
@@ -300,6 +403,9 @@ def test_custom_types_serve_one_signature_only() -> None:
     [
         ({"q": (str, InputField()), "a": str}, "`a` needs `InputField(...)` or `OutputField(...)`"),
         ({"q": InputField(), "class": OutputField()}, "`class` cannot be the name"),
+        ({1: InputField(), "a": OutputField()}, "Names of fields are texts, not 1"),
+        ({"q": (str, InputField(), 3), "a": OutputField()}, "`q` needs `InputField(...)`"),
+        ({"q": ("int", InputField()), "a": OutputField()}, "The type of `q` is the text 'int'"),
         ({"q": InputField()}, "no outputs"),
         ({}, "no outputs"),
     ],
@@ -371,13 +477,45 @@ def test_edit_changes_what_it_names_and_nothing_else() -> None:
     assert edited.fields["answer"].constraints == (("max_length", 20),)
     assert edited.fields["score"] == QA.fields["score"]
     assert edited.instructions == QA.instructions
-    assert QA.append_instructions("Now.").instructions == f"{QA.instructions}\nNow."
+    assert QA.append_instructions("Now.").instructions == f"{QA.instructions}\n\nNow."
+
+
+def test_edits_take_dspys_keywords() -> None:
+    """Programs written for DSPy name the parameters."""
+    made = QA.append(name="x", field=InputField(), type_=int)
+    made = made.prepend(name="y", field=OutputField(), type_=list[int])
+    made = made.insert(index=0, name="z", field=InputField(), type_=bool)
+    made = made.delete(name="k").with_updated_fields(name="x", type_=float)
+    made = made.with_instructions(instructions="A.").append_instructions(instructions="B.")
+    assert made.signature == "z, question, x -> y, answer, score"
+    assert (types_of(made)["x"], types_of(made)["y"]) == (float, list[int])
+    assert made.instructions == "A.\n\nB."
+
+
+def test_updated_field_takes_every_option_and_words_of_ones_own() -> None:
+    """DSPy keeps whatever it is given in `json_schema_extra`."""
+    made = QA.with_updated_fields(
+        "k", prefix="How many:", default=5, ge=1, unit="pieces", format=str
+    )
+    field = made.fields["k"]
+    assert (field.prefix, field.default, field.constraints) == ("How many:", 5, (("ge", 1),))
+    assert field.json_schema_extra["unit"] == "pieces"
+    assert field.json_schema_extra["format"] is str
+    again = made.with_updated_fields("k", description="new", unit="kg").fields["k"]
+    assert (again.desc, again.json_schema_extra["unit"], again.default) == ("new", "kg", 5)
+
+
+def test_deleting_what_is_not_there_changes_nothing() -> None:
+    """DSPy says so; programs delete a field from signatures that may not have it."""
+    assert QA.delete("nope") is QA
 
 
 @pytest.mark.parametrize(
     ("edit", "part"),
     [
-        (lambda: QA.delete("anwser"), "Did you mean `answer`?"),
+        (lambda: QA.with_updated_fields("k", dsc="x"), "no option `dsc`. Did you mean `desc`?"),
+        (lambda: QA.with_updated_fields("k", __dspy_field_type="output"), "no option `__dspy"),
+        (lambda: QA.with_updated_fields("k", "int"), "is the text 'int'"),
         (lambda: QA.with_updated_fields("scores"), "Did you mean `score`?"),
         (lambda: QA.append("answer", OutputField()), "has a field `answer` already"),
         (lambda: QA.append("class", OutputField()), "`class` cannot be the name"),
@@ -461,7 +599,14 @@ def test_module_level_class_comes_back_as_itself() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("question", "Question:"), ("short_answer", "Short Answer:"), ("someHTML", "Some H T M L:")],
+    [
+        ("question", "Question:"),
+        ("short_answer", "Short Answer:"),
+        ("someHTML", "Some HTML:"),
+        ("HTMLParser", "HTML Parser:"),
+        ("text2number", "Text 2 Number:"),
+        ("B_é2aCa_", "B É2 A Ca:"),
+    ],
 )
 def test_prefix_is_made_from_the_name(name: str, expected: str) -> None:
     """DSPy programs read `json_schema_extra["prefix"]`."""

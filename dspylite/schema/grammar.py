@@ -15,11 +15,13 @@ import operator
 import threading
 import typing
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType, NoneType
 from typing import Any
 
 from dspylite.errors import SignatureError, clip, nearest
+from dspylite.schema.callers import type_inside
 
 MAX_CHARS = 20_000
 """Longest signature text; far above what a person writes, low enough to parse in a moment."""
@@ -34,7 +36,8 @@ _PARSE_LOCK = threading.Lock()  # guards ast.parse, which fails at random in thr
 
 KNOWN_TYPES: Mapping[str, Any] = {
     **{kind.__name__: kind for kind in (str, int, float, bool, bytes, list, dict, tuple, set)},
-    **{kind.__name__: kind for kind in (frozenset, object)},
+    **{kind.__name__: kind for kind in (frozenset, object, complex, bytearray, NoneType)},
+    **{kind.__name__: kind for kind in (Sequence, Iterable, Mapping, MutableMapping)},
     **{kind.__name__: kind for kind in (datetime.date, datetime.time, datetime.timedelta)},
     "datetime": datetime.datetime,
     "datetime.datetime": datetime.datetime,
@@ -51,7 +54,28 @@ KNOWN_TYPES: Mapping[str, Any] = {
     "Dict": dict,
     "Tuple": tuple,
     "Set": set,
+    "FrozenSet": frozenset,
 }
+
+_NAMESPACES = ("typing.", "t.")
+_OWN_NAMESPACES = ("dspy.", "dspylite.")
+
+_REGISTER_LOCK = threading.Lock()  # guards the exchange of `_registered`, which readers take as is
+_registered: Mapping[str, Any] = MappingProxyType({})
+
+
+def register_type(name: str, kind: type) -> None:
+    """Let signature texts name a type of this package: `name`, or `dspy.name`.
+
+    A type of the caller's own by that name goes before it.
+
+    Raises:
+        SignatureError: The name is no identifier.
+    """
+    global _registered  # noqa: PLW0603  # a mapping is exchanged whole, never written to
+    check_name(name, "register_type")
+    with _REGISTER_LOCK:
+        _registered = MappingProxyType({**_registered, name: kind})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +121,49 @@ def parse_signature(
         raise SignatureError(f"`{_shown(text)}` nests deeper than a signature can.") from None
 
 
+@functools.lru_cache(maxsize=1024)
+def unknown_types(text: str) -> tuple[str, ...]:
+    """Return the names of types in a text that only its writer can explain.
+
+    Raises:
+        SignatureError: The text does not parse.
+
+    Example:
+        >>> unknown_types("q: str, spots: list[geo.Place] -> a: Literal['x'] | Colour")
+        ('geo.Place', 'Colour')
+    """
+    try:
+        names = [
+            name
+            for arguments, _ in _parse_text(text)
+            for argument in arguments
+            if argument.annotation is not None
+            for name in _type_names(argument.annotation)
+        ]
+    except RecursionError:  # `parse_signature` says so
+        return ()
+    return tuple(dict.fromkeys(name for name in names if _known(name, KNOWN_TYPES) is None))
+
+
+def _type_names(node: ast.expr) -> Iterator[str]:
+    match node:
+        case ast.Constant(value=str(name)):
+            yield name
+        case ast.Name() | ast.Attribute():
+            yield ast.unparse(node)
+        case ast.BinOp(left=left, right=right):
+            yield from _type_names(left)
+            yield from _type_names(right)
+        case ast.Subscript(value=base, slice=inside):
+            kinds = list(_type_names(base))
+            yield from kinds
+            if not any(_known(kind, KNOWN_TYPES) is typing.Literal for kind in kinds):
+                for part in inside.elts if isinstance(inside, ast.Tuple) else [inside]:
+                    yield from _type_names(part)
+        case _:
+            pass
+
+
 def _read(
     text: str, names: Mapping[str, Any]
 ) -> tuple[tuple[ParsedField, ...], tuple[ParsedField, ...]]:
@@ -138,6 +205,8 @@ def check_name(name: str, where: str) -> None:
     Raises:
         SignatureError: The name is a Python keyword, no identifier, or starts with an underscore.
     """
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # a dict's key
+        raise SignatureError(f"Names of fields are texts, not {name!r} (in `{where}`).")
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
         raise SignatureError(
             f"`{_shown(name)}` cannot be the name of a field (in `{where}`): use a Python "
@@ -286,11 +355,22 @@ def _literal(node: ast.expr, text: str) -> Any:
     raise SignatureError(f"`Literal[...]` in `{text}` takes strings, numbers and None only.")
 
 
+def _known(name: str, names: Mapping[str, Any]) -> Any:
+    """Return the type that a name has in a table of types, or None."""
+    spellings = (name, *(name.removeprefix(each) for each in _NAMESPACES))
+    return next((names[each] for each in spellings if each in names), None)
+
+
 def _lookup(name: str, names: Mapping[str, Any], text: str) -> Any:
-    for spelling in (name, name.removeprefix("typing."), name.removeprefix("t.")):
-        if spelling in names:
-            return names[spelling]
-    hint, name = nearest(name, names), _shown(name)
+    if (kind := _known(name, names)) is not None:
+        return kind
+    root, *path = name.split(".")
+    if path and (kind := type_inside(names.get(root), path)) is not None:
+        return kind
+    for spelling in (name, *(name.removeprefix(each) for each in _OWN_NAMESPACES)):
+        if spelling in _registered:
+            return _registered[spelling]
+    hint, name = nearest(name, (*names, *_registered)), _shown(name)
     raise SignatureError(
         f"The type `{name}` in `{text}` is unknown. {hint}"
         f'For a type of your own pass `custom_types={{"{name}": {name}}}`, or write the signature '

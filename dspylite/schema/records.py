@@ -5,8 +5,8 @@ Not here: turning a model's text into these (`adapters/`, `programs/`).
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TypeAlias
 
 from dspylite.errors import nearest
 from dspylite.schema.messages import Attempt, Usage
@@ -15,9 +15,15 @@ from dspylite.schema.messages import Attempt, Usage
 class Example:
     """A record of named values, readable as attributes and as items.
 
+    Values whose names begin with `dspy_` are a program's own notes: `keys`, `values`, `items`,
+    `len` and the repr pass over them.
+
     Args:
-        base: An example or mapping to start from.
+        base: An example, a prediction or a mapping to start from.
         **values: Values that override those of `base`.
+
+    Raises:
+        TypeError: `base` is something else.
 
     Example:
         >>> example = Example(question="1+1?", answer="2").with_inputs("question")
@@ -28,13 +34,19 @@ class Example:
     _store: dict[str, Any]
     _input_keys: frozenset[str] | None
 
-    def __init__(self, base: Example | Mapping[str, Any] | None = None, **values: Any) -> None:
+    def __init__(self, /, base: Example | Mapping[str, Any] | None = None, **values: Any) -> None:
         start: dict[str, Any] = {}
         keys: frozenset[str] | None = None
         if isinstance(base, Example):
             start, keys = base._store, base._input_keys  # noqa: SLF001  # of its own class
         elif base is not None:
-            start = dict(base)
+            try:
+                start = dict(base)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"`{type(self).__name__}` starts from a record or a dict, not {base!r:.200}; "
+                    "pass values by name."
+                ) from None
         self.__dict__["_store"] = {**start, **values}
         self.__dict__["_input_keys"] = keys
 
@@ -58,9 +70,15 @@ class Example:
         return self._only(key for key in self._store if key in (self._input_keys or ()))
 
     def labels(self) -> Self:
-        """Return a copy holding what is not an input."""
-        inputs = self._input_keys or frozenset()
-        return self._only(key for key in self._store if key not in inputs)
+        """Return a copy holding what is not an input; it does not say which values are inputs.
+
+        Raises:
+            ValueError: `with_inputs` was never called.
+        """
+        inputs = self.inputs()
+        labels = self._only(key for key in self._store if key not in inputs)
+        labels.__dict__["_input_keys"] = None
+        return labels
 
     def _only(self, keys: Iterator[str]) -> Self:
         copy = self.copy()
@@ -68,10 +86,17 @@ class Example:
         return copy
 
     def without(self, *keys: str) -> Self:
-        """Return a copy lacking `keys`."""
+        """Return a copy lacking `keys`.
+
+        Raises:
+            KeyError: There is no value of such a name.
+        """
+        for key in keys:
+            if key not in self._store:
+                raise KeyError(f"no value {key!r}. {nearest(key, self._store)}".strip())
         return self._only(key for key in self._store if key not in keys)
 
-    def copy(self, **values: Any) -> Self:
+    def copy(self, /, **values: Any) -> Self:
         """Return a shallow copy with `values` overridden."""
         copy = self.__class__.__new__(self.__class__)
         copy.__dict__.update(self.__dict__)
@@ -84,20 +109,23 @@ class Example:
         """Return the value of `key`, or `default`."""
         return self._store.get(key, default)
 
-    def keys(self) -> KeysView[str]:
-        """Return the names, in the order they were given."""
-        return self._store.keys()
+    def keys(self, include_dspy: bool = False) -> list[str]:  # noqa: FBT001, FBT002  # as in DSPy
+        """Return the names, in the order they were given; also `dspy_` ones if asked to."""
+        return [key for key in self._store if include_dspy or not _is_note(key)]
 
-    def values(self) -> ValuesView[Any]:
-        """Return the values, in the order they were given."""
-        return self._store.values()
+    def values(self, include_dspy: bool = False) -> list[Any]:  # noqa: FBT001, FBT002  # as in DSPy
+        """Return the values, in the order they were given; also `dspy_` ones if asked to."""
+        return [self._store[key] for key in self.keys(include_dspy)]
 
-    def items(self) -> ItemsView[str, Any]:
-        """Return (name, value) pairs, in the order they were given."""
-        return self._store.items()
+    def items(self, include_dspy: bool = False) -> list[tuple[str, Any]]:  # noqa: FBT001, FBT002
+        """Return (name, value) pairs, in the order they were given; `dspy_` ones if asked to."""
+        return [(key, self._store[key]) for key in self.keys(include_dspy)]
 
     def toDict(self) -> dict[str, Any]:  # noqa: N802  # DSPy's spelling
-        """Return the values as plain dicts and lists, examples and pydantic models included."""
+        """Return all values as plain dicts and lists, examples and pydantic models included.
+
+        What JSON does not know, such as dates, stays as it is: `json.dumps(..., default=str)`.
+        """
         return {key: _plain(value) for key, value in self._store.items()}
 
     if not TYPE_CHECKING:  # a checker must not take every attribute of a Signature for an Any
@@ -115,12 +143,15 @@ class Example:
                 ) from None
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if name in self.__dict__ or name.startswith("_"):
-                self.__dict__[name] = value
+            if name in self.__dict__ or name.startswith("_") or _is_of_class(type(self), name):
+                object.__setattr__(self, name, value)
             else:
                 self._store[name] = value
 
         def __delattr__(self, name: str) -> None:
+            if name in self.__dict__ or _is_of_class(type(self), name):
+                object.__delattr__(self, name)
+                return
             try:
                 del self._store[name]
             except KeyError:
@@ -142,7 +173,7 @@ class Example:
         return iter(self._store)
 
     def __len__(self) -> int:
-        return len(self._store)
+        return len(self.keys())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Example):
@@ -153,13 +184,32 @@ class Example:
         return hash(tuple((key, _hashable(value)) for key, value in sorted(self._store.items())))
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{key}={value!r}" for key, value in self._store.items())
+        inside = ", ".join(f"{key}={value!r}" for key, value in self.items())
         return f"{type(self).__name__}({inside})"
 
 
+def _is_note(name: object) -> bool:
+    """Whether a value is a program's own note, which no prompt and no table shows."""
+    return isinstance(name, str) and name.startswith("dspy_")
+
+
+def _is_of_class(kind: type, name: str) -> bool:
+    """Whether an attribute is that of a user's class or a property, and not a value.
+
+    A value by the name of one of our methods is a value all the same: it is read as an item, and
+    the method stays whole.
+    """
+    for base in kind.__mro__:
+        if name in base.__dict__:
+            return base.__module__ != __name__ or hasattr(base.__dict__[name], "__set__")
+    return False
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, Example):
-        return value.toDict()
+    if isinstance(value, type):
+        return value
+    if callable(to_dict := getattr(value, "toDict", None)):
+        return to_dict()
     if callable(dump := getattr(value, "model_dump", None)):
         return dump()
     if isinstance(value, Mapping):
@@ -182,25 +232,43 @@ def _hashable(value: Any) -> Any:
     return value
 
 
+Rows: TypeAlias = "Sequence[Mapping[str, Any] | Example]"
+"""Records of the same names."""
+
+
 class Completions:
     """The `n` answers of one call, as columns: `completions.answer[2]` or `completions[2].answer`.
 
     Args:
-        list_or_dict: A list of records, or a dict of equally long lists.
-        signature: Ignored; accepted because DSPy programs pass it.
+        list_or_dict: A list of records with the same names, or a dict of equally long lists.
+        signature: Kept as `signature`, for programs that read it there.
+
+    Raises:
+        ValueError: The names or lengths differ, or a column is no list.
     """
+
+    signature: Any
 
     def __init__(
         self,
-        list_or_dict: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
+        list_or_dict: Rows | Completions | Mapping[str, Sequence[Any]],
         signature: object = None,
     ) -> None:
-        del signature
+        self.signature = signature
         columns: dict[str, list[Any]] = {}
-        if isinstance(list_or_dict, Mapping):
-            columns = {name: list(values) for name, values in list_or_dict.items()}
+        if isinstance(list_or_dict, Mapping | Completions):
+            for name, values in list_or_dict.items():
+                if isinstance(values, str) or not isinstance(values, Sequence):
+                    raise ValueError(f"`{name}` needs a list of values, not {values!r:.200}.")
+                columns[name] = list(values)
         else:
-            for row in list_or_dict:
+            for index, row in enumerate(list_or_dict):
+                names = [name for name, _ in row.items()]
+                if index and set(names) != set(columns):
+                    raise ValueError(
+                        f"All completions need the same fields: the first has {list(columns)}, "
+                        f"number {index} has {names}."
+                    )
                 for name, value in row.items():
                     columns.setdefault(name, []).append(value)
         lengths = {name: len(values) for name, values in columns.items()}
@@ -213,7 +281,7 @@ class Completions:
         return self._columns.items()
 
     def __getitem__(self, key: int | str) -> Any:
-        if isinstance(key, str):
+        if not isinstance(key, int):
             return self._columns[key]
         if not -len(self) <= key < len(self):
             raise IndexError(f"There are {len(self)} completions, no number {key}.")
@@ -247,9 +315,9 @@ class Outputs(Example):
     """What a checker sees of a prediction whose fields are known: no attribute is invented."""
 
     _completions: Completions | None
-    _usage: Mapping[str, Usage] | None
+    _usage: Mapping[str, Usage | Mapping[str, Any]] | None
 
-    def __init__(self, base: Example | Mapping[str, Any] | None = None, **values: Any) -> None:
+    def __init__(self, /, base: Example | Mapping[str, Any] | None = None, **values: Any) -> None:
         super().__init__(base, **values)
         self.__dict__["_completions"] = None
         self.__dict__["_usage"] = None
@@ -269,11 +337,14 @@ class Outputs(Example):
         """
         if self._usage is None:
             return None
-        return {model: usage.as_dict() for model, usage in self._usage.items()}
+        return {
+            model: usage.as_dict() if isinstance(usage, Usage) else dict(usage)
+            for model, usage in self._usage.items()
+        }
 
-    def set_lm_usage(self, usage: Mapping[str, Usage]) -> None:
-        """Attach what was spent, by model name."""
-        self.__dict__["_usage"] = dict(usage)
+    def set_lm_usage(self, usage: Mapping[str, Usage | Mapping[str, Any]] | None) -> None:
+        """Attach what was spent, by model name; None takes it off."""
+        self.__dict__["_usage"] = None if usage is None else dict(usage)
 
     def get_lm_attempts(self) -> tuple[Attempt, ...]:
         """Return every request made for this, failed ones included, in order.
@@ -303,7 +374,7 @@ class Prediction(Outputs):
     @classmethod
     def from_completions(
         cls,
-        list_or_dict: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
+        list_or_dict: Rows | Completions | Mapping[str, Sequence[Any]],
         signature: object = None,
     ) -> Self:
         """Build from the `n` answers of a call; the prediction's own values are the first's."""
@@ -318,37 +389,54 @@ class Prediction(Outputs):
 
         def __setattr__(self, name: str, value: Any) -> None: ...
 
-    def _score(self) -> float:
+    def __repr__(self) -> str:
+        number = len(self._completions) if self._completions is not None else 1
+        return super().__repr__() + (f" ({number} completions)" if number > 1 else "")
+
+    def __float__(self) -> float:
         if "score" not in self._store:
-            raise TypeError(
+            raise ValueError(
                 f"Only predictions with a `score` can be added or compared; this one has "
                 f"{', '.join(self._store) or 'no values'}."
             )
         return float(self._store["score"])
 
-    def __float__(self) -> float:
-        return self._score()
+    def __add__(self, other: SupportsFloat) -> float:
+        return float(self) + float(other) if _is_number(other) else NotImplemented
 
-    def __add__(self, other: float | Prediction) -> float:
-        return self._score() + float(other)
+    def __radd__(self, other: SupportsFloat) -> float:
+        return float(other) + float(self) if _is_number(other) else NotImplemented
 
-    def __radd__(self, other: float | Prediction) -> float:
-        return float(other) + self._score()
+    def __sub__(self, other: SupportsFloat) -> float:
+        return float(self) - float(other) if _is_number(other) else NotImplemented
 
-    def __truediv__(self, other: float | Prediction) -> float:
-        return self._score() / float(other)
+    def __rsub__(self, other: SupportsFloat) -> float:
+        return float(other) - float(self) if _is_number(other) else NotImplemented
 
-    def __rtruediv__(self, other: float | Prediction) -> float:
-        return float(other) / self._score()
+    def __mul__(self, other: SupportsFloat) -> float:
+        return float(self) * float(other) if _is_number(other) else NotImplemented
 
-    def __lt__(self, other: float | Prediction) -> bool:
-        return self._score() < float(other)
+    def __rmul__(self, other: SupportsFloat) -> float:
+        return float(other) * float(self) if _is_number(other) else NotImplemented
 
-    def __le__(self, other: float | Prediction) -> bool:
-        return self._score() <= float(other)
+    def __truediv__(self, other: SupportsFloat) -> float:
+        return float(self) / float(other) if _is_number(other) else NotImplemented
 
-    def __gt__(self, other: float | Prediction) -> bool:
-        return self._score() > float(other)
+    def __rtruediv__(self, other: SupportsFloat) -> float:
+        return float(other) / float(self) if _is_number(other) else NotImplemented
 
-    def __ge__(self, other: float | Prediction) -> bool:
-        return self._score() >= float(other)
+    def __lt__(self, other: SupportsFloat) -> bool:
+        return float(self) < float(other) if _is_number(other) else NotImplemented
+
+    def __le__(self, other: SupportsFloat) -> bool:
+        return float(self) <= float(other) if _is_number(other) else NotImplemented
+
+    def __gt__(self, other: SupportsFloat) -> bool:
+        return float(self) > float(other) if _is_number(other) else NotImplemented
+
+    def __ge__(self, other: SupportsFloat) -> bool:
+        return float(self) >= float(other) if _is_number(other) else NotImplemented
+
+
+def _is_number(other: object) -> bool:
+    return hasattr(type(other), "__float__")

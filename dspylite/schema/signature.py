@@ -1,7 +1,8 @@
 """The signature: which values a model is given and which it must produce, with their types.
 
-A signature is an immutable class; every edit returns a new one. Not here: how it becomes a prompt
-(`adapters/`) and how a text is read (`schema/grammar.py`).
+A signature is an immutable class; every edit returns a new one. Not here: its fields
+(`schema/fields.py`), how a text is read (`schema/grammar.py`), how it becomes a prompt
+(`adapters/`).
 """
 
 from __future__ import annotations
@@ -12,125 +13,26 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from types import FrameType, MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, dataclass_transform
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 from dspylite.errors import SignatureError, nearest
-from dspylite.schema.grammar import REQUIRED, check_name, parse_signature, type_name
+from dspylite.schema.callers import type_seen_by_callers
+from dspylite.schema.fields import Field, InputField, Kind, OutputField, infer_prefix
+from dspylite.schema.grammar import check_name, parse_signature, unknown_types
 from dspylite.schema.records import Outputs
 
-Kind = Literal["input", "output"]
-
-CONSTRAINTS = frozenset(
-    {"gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length", "pattern", "examples"}
-)
-"""What pydantic's `Field` checks or shows and a field of a signature may carry."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Field:
-    """One input or output of a signature.
-
-    Attributes:
-        name: The keyword it is passed or read by.
-        kind: `"input"` or `"output"`.
-        annotation: Its type.
-        desc: What it means, in words for the model; empty if the name says it all.
-        prefix: A label in words; made from the name unless given.
-        default: The value of an input that is not passed; `...` if it must be passed.
-        constraints: Bounds that an output must keep, as (name, value) pairs of pydantic's `Field`.
-    """
-
-    kind: Kind
-    name: str = ""
-    annotation: Any = str
-    desc: str = ""
-    prefix: str = ""
-    default: Any = REQUIRED
-    constraints: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def required(self) -> bool:
-        """Whether an input must be passed."""
-        return self.default is REQUIRED
-
-    @property
-    def type_name(self) -> str:
-        """The type as it would stand in a signature text."""
-        return type_name(self.annotation)
-
-    @property
-    def json_schema_extra(self) -> dict[str, str]:
-        """The description and prefix where DSPy programs look for them."""
-        return {"desc": self.desc, "prefix": self.prefix, "__dspy_field_type": self.kind}
-
-
-def _field(
-    kind: Kind, desc: str, prefix: str, default: Any, constraints: Mapping[str, Any]
-) -> Field:
-    for name in constraints:
-        if name not in CONSTRAINTS:
-            call = "InputField" if kind == "input" else "OutputField"
-            default = ["default"] if kind == "input" else []
-            known = ["desc", "prefix", *default, *sorted(CONSTRAINTS)]
-            raise SignatureError(
-                f"`{call}` takes no `{name}`. {nearest(name, known)}It takes {', '.join(known)}."
-            )
-    return Field(
-        kind=kind, desc=desc, prefix=prefix, default=default, constraints=tuple(constraints.items())
-    )
-
-
-def InputField(  # noqa: N802  # DSPy's spelling
-    *,
-    desc: str | None = None,
-    prefix: str = "",
-    default: Any = REQUIRED,
-    init: Literal[True] = True,  # noqa: ARG001  # read by type checkers: part of the constructor
-    **constraints: Any,
-) -> Any:
-    """Declare an input of a class signature.
-
-    Args:
-        desc: What it means, in words for the model.
-        prefix: A label in words; made from the name by default.
-        default: The value when it is not passed. Without one it must be passed.
-        init: For type checkers; leave it alone.
-        **constraints: Shown to the model as they are (`examples=`, `max_length=` ...).
-
-    Raises:
-        SignatureError: An unknown keyword.
-    """
-    return _field("input", desc or "", prefix, default, constraints)
-
-
-def OutputField(  # noqa: N802  # DSPy's spelling
-    *,
-    desc: str | None = None,
-    prefix: str = "",
-    init: Literal[False] = False,  # noqa: ARG001  # read by type checkers: not in the constructor
-    **constraints: Any,
-) -> Any:
-    """Declare an output of a class signature.
-
-    Args:
-        desc: What it means, in words for the model.
-        prefix: A label in words; made from the name by default.
-        init: For type checkers; leave it alone.
-        **constraints: Bounds the answer must keep: `gt`, `ge`, `lt`, `le`, `multiple_of`,
-            `min_length`, `max_length`, `pattern`. An answer outside them does not parse.
-
-    Raises:
-        SignatureError: An unknown keyword.
-    """
-    return _field("output", desc or "", prefix, REQUIRED, constraints)
-
-
-def _named(field: Field, name: str, annotation: Any) -> Field:
-    return replace(
-        field, name=name, annotation=annotation, prefix=field.prefix or infer_prefix(name)
-    )
+__all__ = [
+    "AnySignature",
+    "Field",
+    "InputField",
+    "OutputField",
+    "Signature",
+    "SignatureMeta",
+    "ensure_signature",
+    "infer_prefix",
+    "make_signature",
+]
 
 
 def _own_hints(cls: type, frame: FrameType) -> dict[str, Any]:
@@ -189,14 +91,14 @@ class SignatureMeta(type):
                     f"The field `{name}.{key}` has the name of its type, which it hides; rename "
                     "the field, or import the type by another name."
                 )
-            fields[key] = _named(field, key, hints.get(key, str))
+            fields[key] = field.named(key, hints.get(key, str))
         doc = body.get("__doc__")
         cls.__instructions__ = inspect.cleandoc(doc) if doc and fields else None
         return cls
 
     if not TYPE_CHECKING:  # checkers must see the constructor that `dataclass_transform` makes
 
-        def __call__(cls, signature=None, instructions=None, **kwargs):
+        def __call__(cls, signature=None, instructions=None, *args, **kwargs):
             """Make a signature from a text: `Signature("question -> answer")`."""
             if cls is not Signature:
                 inputs = ", ".join(f"{name}=..." for name in cls.input_fields)
@@ -204,7 +106,7 @@ class SignatureMeta(type):
                     f"`{cls.__name__}` describes a call and is not called itself: "
                     f"write `Predict({cls.__name__})({inputs})`."
                 )
-            return make_signature(signature, instructions, **kwargs)
+            return make_signature(signature, instructions, *args, **kwargs)
 
         def __instancecheck__(cls, instance):
             """A prediction that has every output of a signature is a value of it."""
@@ -256,21 +158,26 @@ class SignatureMeta(type):
         """Return a signature with other instructions."""
         return _build(cls.__name__, tuple(cls.__fields__.values()), inspect.cleandoc(instructions))
 
-    def append_instructions(cls, text: str) -> type[AnySignature]:
-        """Return a signature whose instructions end with `text`, on a line of its own."""
-        return cls.with_instructions(f"{cls.instructions}\n{text}")
+    def append_instructions(cls, instructions: str) -> type[AnySignature]:
+        """Return a signature whose instructions go on, after a blank line, with `instructions`."""
+        return cls.with_instructions(f"{cls.instructions}\n\n{inspect.cleandoc(instructions)}")
 
     def with_updated_fields(
-        cls, name: str, type_: Any = None, *, desc: str | None = None, prefix: str | None = None
+        cls, name: str, type_: Any = None, **options: Any
     ) -> type[AnySignature]:
-        """Return a signature in which the field `name` has another type, description or prefix."""
+        """Return a signature in which the field `name` has another type or other options.
+
+        Args:
+            name: The field to change.
+            type_: Its new type; the old one by default.
+            **options: What `InputField` and `OutputField` take. A word of your own is kept in
+                `json_schema_extra`, for programs that read it there.
+
+        Raises:
+            SignatureError: There is no such field, or an option looks like a misspelt one.
+        """
         field = cls._existing(name)
-        changed = replace(
-            field,
-            annotation=field.annotation if type_ is None else type_,
-            desc=field.desc if desc is None else desc,
-            prefix=field.prefix if prefix is None else prefix,
-        )
+        changed = field.changed(type_, **options)
         return cls._with(tuple(changed if f is field else f for f in cls.__fields__.values()))
 
     def append(cls, name: str, field: Any, type_: Any = None) -> type[AnySignature]:
@@ -307,13 +214,14 @@ class SignatureMeta(type):
         place = index if index >= 0 else len(kin) + index + 1
         if not 0 <= place <= len(kin):
             raise SignatureError(f"There is no place {index} among {len(kin)} {field.kind} fields.")
-        kin.insert(place, _named(field, name, field.annotation if type_ is None else type_))
+        kin.insert(place, field.named(name, type_))
         return cls._with((*inputs, *outputs))
 
     def delete(cls, name: str) -> type[AnySignature]:
-        """Return a signature without the field `name`."""
-        field = cls._existing(name)
-        return cls._with(tuple(f for f in cls.__fields__.values() if f is not field))
+        """Return a signature without the field `name`; the same one if it has no such field."""
+        if name not in cls.__fields__:
+            return typing.cast("type[AnySignature]", cls)
+        return cls._with(tuple(f for f in cls.__fields__.values() if f.name != name))
 
     def equals(cls, other: object) -> bool:
         """Tell whether two signatures have the same fields in the same order and instructions."""
@@ -394,11 +302,12 @@ def make_signature(
     """Make a signature from a text, or from a dict of fields.
 
     Args:
-        signature: `"inputs -> outputs"`, or a dict from name to `(type, InputField())` or
-            `(type, OutputField())`.
+        signature: `"inputs -> outputs"`, or a dict from name to `InputField()`, `OutputField()`, or
+            a pair of a type and one of these.
         instructions: The task in words; by default a sentence made from the field names.
         signature_name: Name of the class made.
-        custom_types: Types of your own that the text names.
+        custom_types: Types of your own that the text names. Without this argument they are looked
+            for where the callers stand, nearest first; nothing is imported or run for it.
 
     Returns:
         A signature. Equal texts give the same class, which is safe because it never changes.
@@ -412,9 +321,16 @@ def make_signature(
         'list[str]'
     """
     if isinstance(signature, str):
-        if custom_types is None:
-            return _from_text(signature, instructions, signature_name)
-        return _build_from_text(signature, instructions, signature_name, custom_types)
+        if custom_types is not None:
+            return _build_from_text(signature, instructions, signature_name, custom_types)
+        if not (unknown := unknown_types(signature)):
+            return _from_text(signature, instructions, signature_name, ())
+        seen = {name: type_seen_by_callers(name) for name in unknown}
+        found = tuple((name, kind) for name, kind in seen.items() if kind is not None)
+        # Not by the text alone: the same word is another type in another module.
+        by_types = all(_is_plain_class(kind) for _, kind in found)
+        build = _from_text if by_types else _from_text.__wrapped__
+        return build(signature, instructions, signature_name, found)
     if not isinstance(signature, Mapping):
         raise SignatureError(
             f"A signature is a text like 'question -> answer', a dict of fields or a class, "
@@ -423,13 +339,23 @@ def make_signature(
     fields: list[Field] = []
     for name, value in signature.items():
         check_name(name, signature_name)
-        annotation, field = value if isinstance(value, tuple) else (str, value)
+        annotation, field = value if _is_pair(value) else (None, value)
         if not isinstance(field, Field):
             raise SignatureError(
                 f"`{name}` needs `InputField(...)` or `OutputField(...)`, not {field!r}."
             )
-        fields.append(_named(field, name, annotation))
-    return _build(signature_name, tuple(fields), instructions)
+        fields.append(field.named(name, annotation))
+    return _build(signature_name, tuple(fields), instructions and inspect.cleandoc(instructions))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _is_plain_class(kind: Any) -> bool:
+    """Whether a type is equal to itself alone, so that a cache may tell it from others."""
+    meta: Any = type(kind)
+    return isinstance(kind, type) and (meta.__eq__, meta.__hash__) == (type.__eq__, type.__hash__)
 
 
 def ensure_signature(signature: Any, instructions: str | None = None) -> type[Signature]:
@@ -455,7 +381,7 @@ def _build_from_text(
     inputs, outputs = parse_signature(text, custom_types)
     kinds: tuple[tuple[Kind, Any], ...] = (("input", inputs), ("output", outputs))
     fields = tuple(
-        _named(Field(kind=kind, default=parsed.default), parsed.name, parsed.annotation)
+        Field(kind=kind, default=parsed.default).named(parsed.name, parsed.annotation)
         for kind, side in kinds
         for parsed in side
     )
@@ -463,8 +389,10 @@ def _build_from_text(
 
 
 @functools.lru_cache(maxsize=1024)
-def _from_text(text: str, instructions: str | None, name: str) -> type[AnySignature]:
-    return _build_from_text(text, instructions, name, None)
+def _from_text(
+    text: str, instructions: str | None, name: str, found: tuple[tuple[str, Any], ...]
+) -> type[AnySignature]:
+    return _build_from_text(text, instructions, name, dict(found))
 
 
 def _build(name: str, fields: tuple[Field, ...], instructions: str | None) -> type[AnySignature]:
@@ -475,18 +403,6 @@ def _build(name: str, fields: tuple[Field, ...], instructions: str | None) -> ty
         "__doc__": instructions,
     }
     return typing.cast("type[AnySignature]", SignatureMeta(name, (AnySignature,), body))
-
-
-def infer_prefix(attribute_name: str) -> str:
-    """Make a label in words from an attribute's name.
-
-    Example:
-        >>> infer_prefix("shortAnswer_2"), infer_prefix("html_text")
-        ('Short Answer 2:', 'Html Text:')
-    """
-    spaced = "".join(f" {char}" if char.isupper() else char for char in attribute_name)
-    words = spaced.replace("_", " ").split()
-    return " ".join(word[:1].upper() + word[1:] for word in words) + ":"
 
 
 def _names(fields: Mapping[str, Field]) -> str:

@@ -219,9 +219,12 @@ def records() -> None:
     example = dspy.Example({"question": "1+1?"}, answer="2").with_inputs("question")
     assert_type(example.inputs(), dspy.Example)
     assert_type(dict(example.items()), dict[str, Any])
+    assert_type(example.keys(include_dspy=True), list[str])
     prediction = dspy.Prediction(answer="Paris", score=0.5)
     assert_type(prediction.answer, Any)
     assert_type(prediction + 1, float)
+    assert_type(2 * prediction - prediction, float)
+    print(prediction + "1")  # type: ignore[operator]  # pyright: ignore[reportOperatorIssue]
     assert_type(prediction > 0.1, bool)
     completions = dspy.Completions([{"answer": "a"}, {"answer": "b"}])
     assert_type(completions.answer, list[Any])
