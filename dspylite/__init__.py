@@ -50,6 +50,7 @@ from dspylite.errors import (
     MissingExtraError,
     ModuleError,
     OverloadedError,
+    SavedEmbeddingsError,
     SettingsError,
     SignatureError,
     ToolError,
@@ -63,15 +64,17 @@ from dspylite.models.cache import configure as _cache
 from dspylite.models.cache.cache import Cache, CacheStats
 from dspylite.models.cache.configure import configure_cache
 from dspylite.models.embedder import Embedder
-from dspylite.models.embeddings import Embeddings
 from dspylite.models.fallback import Fallback
+from dspylite.models.knn import KNN
 from dspylite.models.limits import MaxConcurrency
 from dspylite.models.lm import LM, OfflineLM
+from dspylite.models.matrix import EmbeddingMatrix
 from dspylite.models.rates import RateLimit
 from dspylite.models.retry import Retry
 from dspylite.models.streams import LMStream
 from dspylite.programs.base import Module
 from dspylite.programs.predict import ChainOfThought, Predict
+from dspylite.retrievers import Embeddings, EmbeddingsWithScores
 from dspylite.runtime.budgets import budget
 from dspylite.runtime.calls import BaseCallback, LMOutputs, with_callbacks
 from dspylite.runtime.cancellation import check_cancelled
@@ -149,9 +152,11 @@ __all__ = [
     "DeadlineExceededError",
     "Embedder",
     "EmbeddingError",
+    "EmbeddingMatrix",
     "EmbeddingShapeError",
     "EmbeddingValueError",
     "Embeddings",
+    "EmbeddingsWithScores",
     "Example",
     "Fallback",
     "FlowError",
@@ -163,6 +168,7 @@ __all__ = [
     "ItemSkippedError",
     "ItemTimeoutError",
     "JSONAdapter",
+    "KNN",
     "LM",
     "LMAuthError",
     "LMConfigurationError",
@@ -192,6 +198,7 @@ __all__ = [
     "Prediction",
     "RateLimit",
     "Retry",
+    "SavedEmbeddingsError",
     "SettingsError",
     "SettingsWarning",
     "Signature",

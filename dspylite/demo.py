@@ -25,8 +25,8 @@ from dspylite.concurrency.executors import asyncify
 from dspylite.concurrency.parallel import Parallel
 from dspylite.errors import DSPyError
 from dspylite.models.embedder import Embedder
-from dspylite.models.embeddings import Embeddings
 from dspylite.models.lm import LM, OfflineLM
+from dspylite.models.matrix import EmbeddingMatrix
 from dspylite.programs.base import Module
 from dspylite.programs.predict import Predict
 from dspylite.runtime.settings import configure, context
@@ -78,7 +78,7 @@ class Library:
     """
 
     passages: Sequence[Passage]
-    vectors: Embeddings
+    vectors: EmbeddingMatrix
     embedder: Embedder
 
     def search(self, question: str, *, count: int) -> list[Passage]:

@@ -21,6 +21,7 @@ a foreign exception into one of these; that is done at the border that meets the
     ├── EmbeddingError
     │   ├── EmbeddingShapeError        also a ValueError
     │   └── EmbeddingValueError        also a ValueError
+    ├── SavedEmbeddingsError           also a ValueError
     └── LMError
         ├── LMConfigurationError       also a ValueError
         │   └── LMNotConfiguredError
@@ -416,6 +417,10 @@ class EmbeddingShapeError(EmbeddingError, ValueError):
 
 class EmbeddingValueError(EmbeddingError, ValueError):
     """A vector holds NaN, infinity, null or something that is not a number."""
+
+
+class SavedEmbeddingsError(DSPyError, ValueError):
+    """The files of a saved retriever are damaged, do not belong together or are something else."""
 
 
 class LMError(DSPyError):

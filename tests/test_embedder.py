@@ -1,6 +1,6 @@
 """`Embedder`: hosted models through a real server, functions sync and async, offline hashing.
 
-Not here: the block it returns (`test_embeddings.py`).
+Not here: the block it returns (`test_embedding_matrix.py`).
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def test_batches_in_flight_are_bounded(server: FakeServer) -> None:
 async def test_awaited_batches_in_flight_are_bounded(server: FakeServer) -> None:
     """Likewise as tasks of an event loop."""
     embedder = hosted(server, batch_size=1, max_concurrency=3)
-    blocks: list[dspy.Embeddings] = []
+    blocks: list[dspy.EmbeddingMatrix] = []
 
     async def embed() -> None:
         blocks.append(await embedder.aembed(LETTERS))

@@ -344,6 +344,7 @@ HTTP = {
     "EmbeddingError": (502, "embedding"),
     "EmbeddingShapeError": (502, "embedding_shape"),
     "EmbeddingValueError": (502, "embedding_value"),
+    "SavedEmbeddingsError": (500, "saved_embeddings"),
     "LMError": (500, "lm_error"),
     "LMConfigurationError": (500, "configuration"),
     "LMNotConfiguredError": (500, "not_configured"),

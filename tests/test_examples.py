@@ -76,6 +76,11 @@ When does shipping of my order start? -> shipping
 next time: 0 asked, 1 not, NUMBER tokens, 1 requests in all
 once more: 1 asked, 0 not, NUMBER tokens, 2 requests in all
 """,
+    "rag": """
+Which lake is the deepest? -> Baikal in Siberia is the deepest lake. [0, 1]
+Where does the Danube flow to? -> The Danube flows to the Black Sea. [3, 2]
+What is the highest peak of Mount Kenya? -> Batian is the highest peak of Mount Kenya. [4, 5]
+""",
     "opentelemetry_tracing": "".join(
         f"""
 Guide (item {item})

@@ -1,6 +1,6 @@
 """`Embedder`: texts to vectors, through a hosted model, a function of your own, or offline hashing.
 
-Not here: the block of vectors (`models/embeddings.py`), and how texts are hashed
+Not here: the block of vectors (`models/matrix.py`), and how texts are hashed
 (`models/offline/hashing.py`).
 """
 
@@ -20,9 +20,10 @@ from dspylite.errors import (
 )
 from dspylite.models.direct.engine import DirectEmbedding
 from dspylite.models.direct.providers import provider_of
-from dspylite.models.embeddings import Embeddings, read_vector
 from dspylite.models.engines import checked_engine
 from dspylite.models.litellm import LiteLLMEmbedding
+from dspylite.models.matrix import EmbeddingMatrix, read_vector
+from dspylite.models.numpy_door import load_numpy
 from dspylite.models.offline.engine import OFFLINE_PREFIX
 from dspylite.models.offline.hashing import hash_embedding
 from dspylite.models.parameters import check_params
@@ -129,7 +130,7 @@ class Embedder:
         self.kwargs = dict(kwargs)
         self._backend = _backend(model, num_retries, checked_engine(engine), self.kwargs)
 
-    def embed(self, texts: Sequence[str]) -> Embeddings:
+    def embed(self, texts: Sequence[str]) -> EmbeddingMatrix:
         """Turn texts into vectors and wait on this thread.
 
         Args:
@@ -143,11 +144,11 @@ class Embedder:
             EmbeddingValueError: A vector holds NaN, infinity, null or no number.
             LMError: The provider failed and the attempts are used up.
         """
-        return run_flow(self._plan(BLOCKING, texts))
+        return run_flow(self.plan(BLOCKING, texts))
 
-    async def aembed(self, texts: Sequence[str]) -> Embeddings:
+    async def aembed(self, texts: Sequence[str]) -> EmbeddingMatrix:
         """Turn texts into vectors and await it; otherwise as `embed`."""
-        return await self._plan(ASYNC, texts)
+        return await self.plan(ASYNC, texts)
 
     def __call__(self, inputs: str | Sequence[str]) -> Any:
         """Turn a text or texts into a numpy array of shape (dim,) or (n, dim).
@@ -161,7 +162,8 @@ class Embedder:
         """Await the numpy array; otherwise as `__call__`."""
         return _as_numpy(await self.aembed(_as_list(inputs)), inputs)
 
-    async def _plan(self, io: Io, texts: Sequence[str]) -> Embeddings:
+    async def plan(self, io: Io, texts: Sequence[str]) -> EmbeddingMatrix:
+        """Turn texts into vectors through a driver, as part of another plan."""
         texts = list(_checked_texts(texts))  # read once: an iterator would be empty the next time
         first_index: dict[str, int] = {}
         for index, text in enumerate(texts):
@@ -188,7 +190,7 @@ class Embedder:
 
         made = await io.map(embed_batch, batches, limit=self.max_concurrency)
         vectors = dict(zip(unique, (vector for rows in made for vector in rows), strict=True))
-        return Embeddings.from_rows(vectors[text] for text in texts)
+        return EmbeddingMatrix.from_rows(vectors[text] for text in texts)
 
     def __repr__(self) -> str:
         name = (
@@ -262,13 +264,12 @@ def _as_list(inputs: str | Sequence[str]) -> Sequence[str]:
     return [inputs] if isinstance(inputs, str) else inputs
 
 
-def _as_numpy(block: Embeddings, inputs: str | Sequence[str]) -> Any:
-    try:
-        import numpy as np  # noqa: PLC0415  # an extra; `embed` needs none
-    except ImportError:
+def _as_numpy(block: EmbeddingMatrix, inputs: str | Sequence[str]) -> Any:
+    np = load_numpy()
+    if np is None:
         raise MissingExtraError(
             "Calling an embedder returns a numpy array: `pip install dspylite[numpy]`, or use "
             "`embedder.embed(texts)`, which needs no numpy."
-        ) from None
+        )
     matrix = np.asarray(block)
     return matrix[0] if isinstance(inputs, str) else matrix

@@ -346,15 +346,27 @@ def embed_numbers(numbers: list[int]) -> list[list[float]]:
 async def embedding() -> None:
     embedder = dspy.Embedder("openai/text-embedding-3-small", batch_size=100, dimensions=64)
     vectors = embedder.embed(["a", "b"])
-    assert_type(vectors, dspy.Embeddings)
+    assert_type(vectors, dspy.EmbeddingMatrix)
     assert_type(vectors.shape, tuple[int, int])
     assert_type(vectors.tolist(), list[list[float]])
     assert_type(vectors.dot(vectors[0]), list[float])
-    assert_type(await embedder.aembed(("a", "b")), dspy.Embeddings)
-    dspy.Embeddings(array("f", [0.0, 1.0]), 2)
-    dspy.Embeddings.from_rows([[0.0, 1.0], (1, 0)])
+    assert_type(await embedder.aembed(("a", "b")), dspy.EmbeddingMatrix)
+    dspy.EmbeddingMatrix(array("f", [0.0, 1.0]), 2)
+    dspy.EmbeddingMatrix.from_rows([[0.0, 1.0], (1, 0)])
     dspy.Embedder(embed_texts)
     dspy.Embedder(aembed_texts, scale=0.5)
+    search = dspy.EmbeddingsWithScores(["a", "b"], embedder, k=1)
+    assert_type(search("a"), dspy.Prediction)
+    assert_type(await search.acall("a"), dspy.Prediction)
+    assert_type(search.batch(["a", "b"]), list[dspy.Prediction])
+    assert_type(search.load("corpus", embed_texts), dspy.EmbeddingsWithScores)
+    assert_type(dspy.Embeddings.from_saved("corpus", aembed_texts), dspy.Embeddings)
+    assert_type(await dspy.Embeddings.acreate(["a"], embed_texts), dspy.Embeddings)
+    search(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    dspy.Embeddings(["a"], embed_numbers)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    knn = dspy.KNN(k=3, trainset=[dspy.Example(a=1).with_inputs("a")], vectorizer=embedder)
+    assert_type(knn(a=1), list[dspy.Example])
+    assert_type(await knn.acall(a=1), list[dspy.Example])
     dspy.Embedder(embed_numbers)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,4 @@
-"""`Embeddings`: a float32 block that is sliced, compared, pickled and shared with numpy.
+"""`EmbeddingMatrix`: a float32 block that is sliced, compared, pickled and shared with numpy.
 
 Not here: making the vectors (`test_embedder.py`).
 """
@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspylite import Embeddings, EmbeddingShapeError, EmbeddingValueError
+from dspylite import EmbeddingMatrix, EmbeddingShapeError, EmbeddingValueError
 
 ROWS = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
 
@@ -28,8 +28,8 @@ tables = st.integers(1, 5).flatmap(
 
 
 @pytest.fixture
-def block() -> Embeddings:
-    return Embeddings.from_rows(ROWS)
+def block() -> EmbeddingMatrix:
+    return EmbeddingMatrix.from_rows(ROWS)
 
 
 # --- Reading -----------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def block() -> Embeddings:
 @given(tables)
 def test_rows_come_back_exactly_and_in_order(rows: list[list[float]]) -> None:
     """float32 in, the same float32 out, whatever the shape."""
-    made = Embeddings.from_rows(rows)
+    made = EmbeddingMatrix.from_rows(rows)
     assert made.tolist() == rows
     assert [row.tolist() for row in made] == rows
     assert made.shape == (len(rows), len(rows[0])) == (len(made), made.dim)
@@ -49,7 +49,7 @@ def test_index_and_slice_do_what_those_of_a_list_do(
     rows: list[list[float]], data: st.DataObject
 ) -> None:
     """No slice, forwards or backwards, may be off by one row."""
-    made = Embeddings.from_rows(rows)
+    made = EmbeddingMatrix.from_rows(rows)
     index = data.draw(st.integers(-len(rows), len(rows) - 1))
     assert made[index].tolist() == rows[index]
     bounds = st.none() | st.integers(-12, 12)
@@ -60,7 +60,7 @@ def test_index_and_slice_do_what_those_of_a_list_do(
 
 
 @pytest.mark.parametrize("index", [4, -5, 99])
-def test_row_that_is_not_there_is_an_index_error(block: Embeddings, index: int) -> None:
+def test_row_that_is_not_there_is_an_index_error(block: EmbeddingMatrix, index: int) -> None:
     """Iteration and `in` rely on it."""
     with pytest.raises(IndexError, match="There are 4 vectors"):
         block[index]
@@ -68,27 +68,27 @@ def test_row_that_is_not_there_is_an_index_error(block: Embeddings, index: int) 
 
 def test_no_rows_are_a_block_of_none() -> None:
     """Nothing to embed is no error."""
-    empty = Embeddings.from_rows([])
+    empty = EmbeddingMatrix.from_rows([])
     assert (empty.shape, empty.tolist(), list(empty)) == ((0, 0), [], [])
 
 
-def test_repr_shows_the_shape_and_not_a_million_numbers(block: Embeddings) -> None:
+def test_repr_shows_the_shape_and_not_a_million_numbers(block: EmbeddingMatrix) -> None:
     """A block is printed by accident often enough."""
-    assert repr(block) == "Embeddings(shape=(4, 2))"
+    assert repr(block) == "EmbeddingMatrix(shape=(4, 2))"
 
 
-def test_bytes_are_raw_float32(block: Embeddings) -> None:
+def test_bytes_are_raw_float32(block: EmbeddingMatrix) -> None:
     """What is stored is what any other program reads."""
     assert block.tobytes() == array("f", [1, 2, 3, 4, 5, 6, 7, 8]).tobytes()
 
 
-def test_dot_is_the_product_with_each_row(block: Embeddings) -> None:
+def test_dot_is_the_product_with_each_row(block: EmbeddingMatrix) -> None:
     """Search without numpy needs no more; a row of another block is a vector too."""
     assert block.dot([1.0, 0.5]) == [2.0, 5.0, 8.0, 11.0]
     assert block.dot(block[0]) == [5.0, 11.0, 17.0, 23.0]
 
 
-def test_dot_with_another_dimension_is_refused(block: Embeddings) -> None:
+def test_dot_with_another_dimension_is_refused(block: EmbeddingMatrix) -> None:
     """Vectors of two models must not be compared."""
     with pytest.raises(EmbeddingShapeError, match="3 dimensions does not match rows of 2"):
         block.dot([1.0, 2.0, 3.0])
@@ -97,7 +97,7 @@ def test_dot_with_another_dimension_is_refused(block: Embeddings) -> None:
 # --- Memory ------------------------------------------------------------------------------------
 
 
-def test_numpy_shares_the_memory(block: Embeddings) -> None:
+def test_numpy_shares_the_memory(block: EmbeddingMatrix) -> None:
     """A million vectors are not copied to be searched."""
     matrix = np.asarray(block)
     assert (matrix.dtype, matrix.shape) == (np.float32, (4, 2))
@@ -106,7 +106,7 @@ def test_numpy_shares_the_memory(block: Embeddings) -> None:
     assert block[1].tolist() == [99, 4]
 
 
-def test_rows_and_slices_share_the_memory(block: Embeddings) -> None:
+def test_rows_and_slices_share_the_memory(block: EmbeddingMatrix) -> None:
     """Reading a row or a range copies nothing."""
     row, part, matrix = block[2], block[1:3], np.asarray(block)
     matrix[2] = [50, 60]
@@ -117,13 +117,13 @@ def test_rows_and_slices_share_the_memory(block: Embeddings) -> None:
 
 def test_numpy_keeps_the_memory_alive() -> None:
     """The array must not read freed memory when the block is gone."""
-    matrix = np.asarray(Embeddings.from_rows(ROWS))
+    matrix = np.asarray(EmbeddingMatrix.from_rows(ROWS))
     assert matrix.tolist() == ROWS
 
 
 def test_empty_block_is_an_empty_array() -> None:
     """numpy reads the interface of a block without memory too."""
-    assert np.asarray(Embeddings.from_rows([])).shape == (0, 0)
+    assert np.asarray(EmbeddingMatrix.from_rows([])).shape == (0, 0)
 
 
 TWINS: dict[str, Callable[[Any], Any]] = {
@@ -135,7 +135,7 @@ TWINS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("twin_of", list(TWINS.values()), ids=list(TWINS))
 @pytest.mark.parametrize("part", [slice(None), slice(1, 3), slice(None, None, -2), slice(0, 0)])
 def test_twin_is_equal_and_has_memory_of_its_own(
-    block: Embeddings, part: slice, twin_of: Callable[[Any], Any]
+    block: EmbeddingMatrix, part: slice, twin_of: Callable[[Any], Any]
 ) -> None:
     """A block goes to worker processes and back, a slice of it without the rest."""
     original = block[part]
@@ -147,20 +147,20 @@ def test_twin_is_equal_and_has_memory_of_its_own(
 
 def test_pickle_is_as_large_as_the_numbers() -> None:
     """4 bytes a number, whatever part of a block it is."""
-    large = Embeddings.from_rows([[float(i)] * 100 for i in range(100)])
+    large = EmbeddingMatrix.from_rows([[float(i)] * 100 for i in range(100)])
     assert len(pickle.dumps(large)) < 40_000 + 200
     assert len(pickle.dumps(large[:1])) < 400 + 200
 
 
-def test_equality_is_of_shape_and_values(block: Embeddings) -> None:
+def test_equality_is_of_shape_and_values(block: EmbeddingMatrix) -> None:
     """The same numbers in another shape are other vectors."""
-    assert block == Embeddings.from_rows(ROWS)
-    assert block != Embeddings.from_rows([[1, 2, 3, 4], [5, 6, 7, 8]])
-    assert block != Embeddings.from_rows([*ROWS[:3], [7, 9]])
+    assert block == EmbeddingMatrix.from_rows(ROWS)
+    assert block != EmbeddingMatrix.from_rows([[1, 2, 3, 4], [5, 6, 7, 8]])
+    assert block != EmbeddingMatrix.from_rows([*ROWS[:3], [7, 9]])
     assert block != ROWS
 
 
-def test_block_cannot_be_hashed(block: Embeddings) -> None:
+def test_block_cannot_be_hashed(block: EmbeddingMatrix) -> None:
     """Its memory can change under a dict."""
     with pytest.raises(TypeError, match="unhashable"):
         hash(block)
@@ -175,7 +175,7 @@ def test_block_cannot_be_hashed(block: Embeddings) -> None:
 def test_value_that_is_no_float32_is_refused_with_its_row(bad: object) -> None:
     """One NaN poisons every comparison, and nobody sees where it came from."""
     with pytest.raises(EmbeddingValueError, match="text 2") as caught:
-        Embeddings.from_rows([[1, 2], [3, 4], [5, bad]])  # type: ignore[list-item]
+        EmbeddingMatrix.from_rows([[1, 2], [3, 4], [5, bad]])  # type: ignore[list-item]
     assert caught.value.index == 2
 
 
@@ -183,24 +183,24 @@ def test_value_that_is_no_float32_is_refused_with_its_row(bad: object) -> None:
 def test_row_of_another_shape_is_refused_with_its_number(row: object) -> None:
     """A short row would shift all that follow."""
     with pytest.raises(EmbeddingShapeError, match="text 2") as caught:
-        Embeddings.from_rows([[1, 2], [3, 4], row])  # type: ignore[list-item]
+        EmbeddingMatrix.from_rows([[1, 2], [3, 4], row])  # type: ignore[list-item]
     assert caught.value.index == 2
 
 
 def test_numbers_that_are_no_rows_are_refused() -> None:
     """7 numbers are no rows of 2, doubles are no float32, and rows have a length."""
     with pytest.raises(EmbeddingShapeError, match="not rows of 2"):
-        Embeddings(array("f", range(7)), 2)
+        EmbeddingMatrix(array("f", range(7)), 2)
     with pytest.raises(EmbeddingShapeError, match="format 'd'"):
-        Embeddings(array("d", range(8)), 2)
+        EmbeddingMatrix(array("d", range(8)), 2)
     with pytest.raises(EmbeddingShapeError, match="not rows of 0"):
-        Embeddings(array("f", range(8)), 0)
+        EmbeddingMatrix(array("f", range(8)), 0)
     with pytest.raises(EmbeddingShapeError, match="not rows of -2"):
-        Embeddings(array("f", range(8)), -2)
+        EmbeddingMatrix(array("f", range(8)), -2)
 
 
 def test_rows_may_be_arrays() -> None:
     """numpy's rows, arrays and tuples are rows of numbers."""
-    assert Embeddings.from_rows(np.array(ROWS, dtype=np.float64)).tolist() == ROWS
-    assert Embeddings.from_rows(array("f", row) for row in ROWS).tolist() == ROWS
-    assert Embeddings.from_rows(tuple(map(tuple, ROWS))).tolist() == ROWS
+    assert EmbeddingMatrix.from_rows(np.array(ROWS, dtype=np.float64)).tolist() == ROWS
+    assert EmbeddingMatrix.from_rows(array("f", row) for row in ROWS).tolist() == ROWS
+    assert EmbeddingMatrix.from_rows(tuple(map(tuple, ROWS))).tolist() == ROWS

@@ -1,4 +1,4 @@
-"""`Embeddings`: n vectors of one dimension as a float32 block, without numpy.
+"""`EmbeddingMatrix`: n vectors of one dimension as a float32 block, without numpy.
 
 Not here: making them (`models/embedder.py`).
 """
@@ -14,7 +14,7 @@ from typing import Any, SupportsFloat, SupportsIndex, cast, overload
 from dspylite.errors import EmbeddingShapeError, EmbeddingValueError
 
 
-class Embeddings:
+class EmbeddingMatrix:
     """A float32 block of shape (n, dim): row i is the vector of text i.
 
     `np.asarray(embeddings)` shares the memory. Rows and slices share it too.
@@ -27,7 +27,7 @@ class Embeddings:
         EmbeddingShapeError: The number of values is no multiple of `dim`.
 
     Example:
-        >>> block = Embeddings.from_rows([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> block = EmbeddingMatrix.from_rows([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
         >>> block.shape, block[0].tolist(), block[1:].shape
         ((3, 2), [1.0, 0.0], (2, 2))
     """
@@ -45,7 +45,7 @@ class Embeddings:
         self._dim = dim
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Iterable[SupportsFloat]]) -> Embeddings:
+    def from_rows(cls, rows: Iterable[Iterable[SupportsFloat]]) -> EmbeddingMatrix:
         """Build from any rows of numbers, checking each.
 
         Raises:
@@ -84,18 +84,18 @@ class Embeddings:
     def __getitem__(self, index: SupportsIndex) -> memoryview[float]: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Embeddings: ...
+    def __getitem__(self, index: slice) -> EmbeddingMatrix: ...
 
-    def __getitem__(self, index: SupportsIndex | slice) -> memoryview[float] | Embeddings:
+    def __getitem__(self, index: SupportsIndex | slice) -> memoryview[float] | EmbeddingMatrix:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step == 1:
                 first, end = start * self._dim, max(start, stop) * self._dim
-                return Embeddings(self._values[first:end], self._dim)
+                return EmbeddingMatrix(self._values[first:end], self._dim)
             picked = array("f")
             for row in range(start, stop, step):
                 picked.extend(self[row])
-            return Embeddings(picked, self._dim)
+            return EmbeddingMatrix(picked, self._dim)
         row = operator.index(index)
         if not -len(self) <= row < len(self):
             raise IndexError(f"There are {len(self)} vectors, no number {row}.")
@@ -112,6 +112,10 @@ class Embeddings:
     def tobytes(self) -> bytes:
         """Return the block as raw float32 bytes in the machine's order."""
         return self._values.tobytes()
+
+    def toreadonly(self) -> EmbeddingMatrix:
+        """Return the same block, sharing the memory, through which nothing can be changed."""
+        return EmbeddingMatrix(self._values.toreadonly(), self._dim)
 
     def dot(self, vector: Sequence[float] | memoryview[Any]) -> list[float]:
         """Return the dot product of each row with a vector: cosine similarity for unit vectors.
@@ -132,7 +136,7 @@ class Embeddings:
         return {"version": 3, "shape": self.shape, "typestr": "=f4", "data": self._values}
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Embeddings):
+        if not isinstance(other, EmbeddingMatrix):
             return NotImplemented
         return self.shape == other.shape and self._values == other._values
 
@@ -144,13 +148,13 @@ class Embeddings:
         return _from_bytes, (self.tobytes(), self._dim)
 
     def __repr__(self) -> str:
-        return f"Embeddings(shape={self.shape})"
+        return f"EmbeddingMatrix(shape={self.shape})"
 
 
-def _from_bytes(raw: bytes, dim: int) -> Embeddings:
+def _from_bytes(raw: bytes, dim: int) -> EmbeddingMatrix:
     values = array("f")
     values.frombytes(raw)
-    return Embeddings(values, dim)
+    return EmbeddingMatrix(values, dim)
 
 
 def read_vector(row: Any, index: int) -> array[float]:
