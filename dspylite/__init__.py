@@ -74,6 +74,8 @@ from dspylite.models.retry import Retry
 from dspylite.models.streams import LMStream
 from dspylite.programs.base import Module
 from dspylite.programs.predict import ChainOfThought, Predict
+from dspylite.programs.sampling import BestOfN, Refine
+from dspylite.programs.voting import MultiChainComparison, majority
 from dspylite.retrievers import Embeddings, EmbeddingsWithScores
 from dspylite.runtime.budgets import budget
 from dspylite.runtime.calls import BaseCallback, LMOutputs, with_callbacks
@@ -136,6 +138,7 @@ __all__ = [
     "BaseLM",
     "BatchError",
     "BatchInterrupted",
+    "BestOfN",
     "BudgetExceededError",
     "Cache",
     "CacheStats",
@@ -189,6 +192,7 @@ __all__ = [
     "MissingExtraError",
     "Module",
     "ModuleError",
+    "MultiChainComparison",
     "OfflineLM",
     "Outcome",
     "OutputField",
@@ -197,6 +201,7 @@ __all__ = [
     "Predict",
     "Prediction",
     "RateLimit",
+    "Refine",
     "Retry",
     "SavedEmbeddingsError",
     "SettingsError",
@@ -228,6 +233,7 @@ __all__ = [
     "infer_prefix",
     "inspect_history",
     "is_retryable_lm_error",
+    "majority",
     "make_signature",
     "propagate_to_threads",
     "settings",

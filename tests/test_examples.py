@@ -71,6 +71,12 @@ When does shipping of my order start? -> shipping
   outage: the first model's circuit is open
 8 calls answered
 """,
+    "best_of_n": """
+one call:  The museum is open daily except on Mondays, from nine to five.
+best of 3: Nine to five. (2 tries)
+refined:   Nine to five. (5 calls, advice included)
+majority:  Nine to five.
+""",
     "caching": """
 20 at once: 1 asked, 19 not, NUMBER tokens, 1 requests in all
 next time: 0 asked, 1 not, NUMBER tokens, 1 requests in all

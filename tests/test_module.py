@@ -246,8 +246,8 @@ PATHS = [
     "steps[0]",
     "steps[1].predict",
     "named['x']",
-    "named[3][0]",
-    "named[3][1][0]",
+    "named['3'][0]",
+    "named['3'][1][0]",
     "pair[0]",
     "pair[1].predict",
 ]
@@ -275,7 +275,32 @@ def test_sub_modules_come_with_the_module_itself_first() -> None:
     program = nested()
     found = dict(program.named_sub_modules())
     assert found["self"] is program
-    assert list(found) == ["self", *PATHS[:2], "steps[1]", *PATHS[2:7], "pair[1]", PATHS[7]]
+    assert list(found) == [
+        "self",
+        "self.predict",
+        "self.steps[0]",
+        "self.steps[1]",
+        "self.named[x]",
+        "self.pair[0]",
+        "self.pair[1]",
+        "self.steps[1].predict",
+        "self.named[3][0]",
+        "self.pair[1].predict",
+        "self.named[3][1][0]",
+    ]  # in DSPy's order, with DSPy's paths
+
+
+def test_sub_modules_of_a_type_and_outside_compiled_ones() -> None:
+    """A program is asked for its tools, and an optimiser for what it has not done yet."""
+    program = nested()
+    found = [path for path, _ in program.named_sub_modules(ChainOfThought)]
+    assert found == ["self.steps[1]"]
+    program.corpora = [{"x": 1.5}]
+    assert ("self.corpora[0][x]", 1.5) in program.named_sub_modules(type_=float)
+    program.pair.right._compiled = True
+    left = [path for path, _ in program.named_sub_modules(skip_compiled=True)]
+    assert "self.pair[1]" in left
+    assert "self.pair[1].predict" not in left
 
 
 def test_large_values_of_a_module_are_passed_over_quickly() -> None:
@@ -301,7 +326,7 @@ def test_get_lm_of_several_or_none_is_refused() -> None:
     program.steps[0].lm = FakeLM()
     with pytest.raises(LMConfigurationError, match="has 8 predictors that do not share one LM"):
         program.get_lm()
-    with pytest.raises(LMConfigurationError, match="has 0 predictors"):
+    with pytest.raises(LMConfigurationError, match="has no predictor"):
         ForwardOnly().get_lm()
 
 

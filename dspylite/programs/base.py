@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -281,9 +282,38 @@ class Module:
 
     # -- parts ------------------------------------------------------------------------------------
 
-    def named_sub_modules(self) -> list[tuple[str, Module]]:
-        """Return every module inside this one with its path (`"self"` for itself), each once."""
-        return [("self", self), *((path, part) for path, part, _ in _parts(self))]
+    def named_sub_modules(
+        self, type_: type[Any] | None = None, skip_compiled: bool = False
+    ) -> Iterator[tuple[str, Any]]:
+        """Give this module (as `"self"`) and every module inside it with its path, each once.
+
+        The nearest come first, with paths such as `"self.steps[0].predict"`.
+
+        Args:
+            type_: Parts of this type are given in place of modules, such as tools.
+            skip_compiled: Whether to leave out what is inside modules with a true `_compiled`,
+                which DSPy's optimisers set.
+        """
+        wanted = Module if type_ is None else type_
+        queue: deque[tuple[str, Any]] = deque([("self", self)])
+        seen = {id(self)}
+        while queue:
+            path, part = queue.popleft()
+            if isinstance(part, wanted):
+                yield path, part
+            inside: Iterable[tuple[str, Any]] = ()
+            if isinstance(part, Module):
+                if not (skip_compiled and getattr(part, "_compiled", False)):
+                    inside = [(f"{path}.{name}", value) for name, value in vars(part).items()]
+            elif isinstance(part, dict):
+                inside = [(f"{path}[{key}]", value) for key, value in part.items()]
+            elif isinstance(part, list | tuple):
+                inside = [(f"{path}[{index}]", value) for index, value in enumerate(part)]
+            for path_inside, value in inside:
+                worth = isinstance(value, Module | dict | list | tuple | wanted)
+                if worth and id(value) not in seen:
+                    seen.add(id(value))
+                    queue.append((path_inside, value))
 
     def named_predictors(self) -> list[tuple[str, Any]]:
         """Return every predictor with its path, such as `"answer"` or `"steps[0].predict"`."""
@@ -322,7 +352,9 @@ class Module:
             LMConfigurationError: They have different ones, or there is no predictor.
         """
         lms = [predictor.lm for predictor in self.predictors()]
-        if not lms or any(lm is not lms[0] for lm in lms):
+        if not lms:
+            raise LMConfigurationError(f"`{type(self).__name__}` has no predictor, and so no LM.")
+        if any(lm is not lms[0] for lm in lms):
             raise LMConfigurationError(
                 f"`{type(self).__name__}` has {len(lms)} predictors that do not share one LM; "
                 "read `predictor.lm` of each."
@@ -448,7 +480,9 @@ def _items(path: str, holder: Any, replace: _Replace) -> Iterator[tuple[str, Any
         set_at = functools.partial(_tuple_setter, holder, list(holder), replace)
     for key, value in pairs:
         if isinstance(value, Module | dict | list | tuple):
-            yield f"{path}[{key!r}]", value, set_at(key)
+            # Keys as text, as in the states that DSPy saves.
+            shown = str(key) if isinstance(holder, dict) else key
+            yield f"{path}[{shown!r}]", value, set_at(key)
 
 
 def _setter(holder: Any, key: Any) -> _Replace:

@@ -138,6 +138,10 @@ class Predict(Typed[P, S]):
         """Change request parameters of every call from now on."""
         self.config = {**self.config, **_usable_config(config)}
 
+    def get_config(self) -> dict[str, Any]:
+        """Return the request parameters of every call."""
+        return self.config
+
     def _shown(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         shown = super()._shown(args, kwargs)
         config = shown.get("config")

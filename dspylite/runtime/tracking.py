@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -163,10 +163,22 @@ def record_trace(predictor: Any, inputs: Mapping[str, Any], prediction: Any) -> 
     """Append one predictor call to the trace, if this context has one."""
     trace = settings.trace
     if trace is not None:
-        limit = settings.max_trace_size
         trace.append((predictor, dict(inputs), prediction))
-        while len(trace) > limit:
-            try:
-                del trace[0]
-            except IndexError:  # another thread dropped it first
-                break
+        _shorten(trace)
+
+
+def record_traces(calls: Iterable[tuple[Any, dict[str, Any], Any]]) -> None:
+    """Append calls that were recorded apart to the trace, if this context has one."""
+    trace = settings.trace
+    if trace is not None:
+        trace.extend(calls)
+        _shorten(trace)
+
+
+def _shorten(trace: list[Any]) -> None:
+    limit = settings.max_trace_size
+    while len(trace) > limit:
+        try:
+            del trace[0]
+        except IndexError:  # another thread dropped it first
+            break

@@ -358,6 +358,11 @@ class Outputs(Example):
         """Attach the requests that were made."""
         self.__dict__["_attempts"] = tuple(attempts)
 
+    def keep_cost_of(self, other: Outputs) -> None:
+        """Attach the usage and the requests of another prediction, which this one was made from."""
+        self.__dict__["_usage"] = other._usage
+        self.set_lm_attempts(other.get_lm_attempts())
+
 
 class Prediction(Outputs):
     """What a program returns: named output values, and what they cost.

@@ -516,6 +516,33 @@ def cached(lm: dspy.LM) -> None:
     assert_type(lm.cost_of(dspy.Usage()), float | None)
 
 
+# --- Several tries, one answer -------------------------------------------------------------------
+
+
+def is_short(inputs: dict[str, Any], prediction: Any) -> float:
+    return float(len(prediction.answer) < 10)
+
+
+async def judged(inputs: dict[str, Any], prediction: dspy.Prediction) -> float:
+    return float(bool(prediction.answer))
+
+
+async def sampled() -> None:
+    best = dspy.BestOfN(dspy.Predict(QA), 3, is_short, 1.0, fail_count=1, num_threads=2)
+    best(question="q")
+    refine = dspy.Refine(module=best, N=3, reward_fn=judged, threshold=None)
+    await refine.acall(question="q")
+    refine.batch([{"question": "q"}])
+    several = dspy.Predict("question -> answer", n=3)(question="q")
+    assert_type(dspy.majority(several), dspy.Prediction)
+    assert_type(dspy.majority(several.completions, field="answer"), dspy.Prediction)
+    dspy.majority([{"answer": "a"}, {"answer": "b"}], normalize=str)
+    dspy.MultiChainComparison(QA, M=3)(several, question="q")
+    for path, part in best.named_sub_modules(dspy.Predict):
+        assert_type(path, str)
+        part.get_config()
+
+
 # --- Fakes for tests -----------------------------------------------------------------------------
 
 
