@@ -8,6 +8,7 @@ import sys
 import types
 import typing
 
+from dspylite import evaluate as evaluate
 from dspylite.adapters.base import Adapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
@@ -33,6 +34,7 @@ from dspylite.errors import (
     EmbeddingError,
     EmbeddingShapeError,
     EmbeddingValueError,
+    EvaluationError,
     FlowError,
     InputFieldError,
     ItemSkippedError,
@@ -47,6 +49,7 @@ from dspylite.errors import (
     LMTimeoutError,
     LMTransportError,
     LMUnexpectedError,
+    MetricError,
     MissingExtraError,
     ModuleError,
     OverloadedError,
@@ -73,6 +76,14 @@ from dspylite.models.rates import RateLimit
 from dspylite.models.retry import Retry
 from dspylite.models.streams import LMStream
 from dspylite.programs.base import Module
+from dspylite.programs.evaluation.evaluate import Evaluate
+from dspylite.programs.evaluation.judges import CompleteAndGrounded, SemanticF1
+from dspylite.programs.evaluation.metrics import (
+    answer_exact_match,
+    answer_passage_match,
+    normalize_text,
+)
+from dspylite.programs.evaluation.result import EvaluationResult
 from dspylite.programs.predict import ChainOfThought, Predict
 from dspylite.programs.sampling import BestOfN, Refine
 from dspylite.programs.voting import MultiChainComparison, majority
@@ -148,6 +159,7 @@ __all__ = [
     "ChatAdapter",
     "CircuitBreaker",
     "CircuitOpenError",
+    "CompleteAndGrounded",
     "Completions",
     "ContentFilterError",
     "ContextWindowExceededError",
@@ -160,6 +172,9 @@ __all__ = [
     "EmbeddingValueError",
     "Embeddings",
     "EmbeddingsWithScores",
+    "Evaluate",
+    "EvaluationError",
+    "EvaluationResult",
     "Example",
     "Fallback",
     "FlowError",
@@ -189,6 +204,7 @@ __all__ = [
     "LMTransportError",
     "LMUnexpectedError",
     "MaxConcurrency",
+    "MetricError",
     "MissingExtraError",
     "Module",
     "ModuleError",
@@ -204,6 +220,7 @@ __all__ = [
     "Refine",
     "Retry",
     "SavedEmbeddingsError",
+    "SemanticF1",
     "SettingsError",
     "SettingsWarning",
     "Signature",
@@ -219,6 +236,8 @@ __all__ = [
     "Usage",
     "UsageTracker",
     "XMLAdapter",
+    "answer_exact_match",
+    "answer_passage_match",
     "asyncify",
     "bind",
     "bind_iter",
@@ -235,6 +254,7 @@ __all__ = [
     "is_retryable_lm_error",
     "majority",
     "make_signature",
+    "normalize_text",
     "propagate_to_threads",
     "settings",
     "syncify",

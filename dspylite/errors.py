@@ -18,6 +18,8 @@ a foreign exception into one of these; that is done at the border that meets the
     ├── ItemSkippedError
     ├── ItemTimeoutError               also a TimeoutError
     ├── CallCancelledError
+    ├── EvaluationError                also a ValueError
+    │   └── MetricError
     ├── EmbeddingError
     │   ├── EmbeddingShapeError        also a ValueError
     │   └── EmbeddingValueError        also a ValueError
@@ -395,6 +397,30 @@ def finished_results(error: BaseException) -> dict[int, Any]:
         inside = found.exceptions if isinstance(found, BaseExceptionGroup) else ()
         behind += [found.__cause__, found.__context__, *inside]
     return {}
+
+
+class EvaluationError(DSPyError, ValueError):
+    """An evaluation cannot be run as it was asked for, or its results could not be written.
+
+    Attributes:
+        result: The finished `EvaluationResult`, where only writing it to a file failed; else None.
+    """
+
+    def __init__(self, message: str, *, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class MetricError(EvaluationError):
+    """The metric raised, or returned something that is no score; what it raised is the cause.
+
+    Attributes:
+        prediction: What the program had returned.
+    """
+
+    def __init__(self, message: str, *, prediction: Any = None) -> None:
+        super().__init__(message)
+        self.prediction = prediction
 
 
 class EmbeddingError(DSPyError):

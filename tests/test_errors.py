@@ -61,6 +61,8 @@ SAMPLES: dict[str, Any] = {
     "index": 7,
     "timeout_s": 0.5,
     "body": "an error page",
+    "result": ["a result"],
+    "prediction": {"answer": "Paris"},
 }
 """One value, never a default, for each constructor parameter of any error."""
 
@@ -341,6 +343,8 @@ HTTP = {
     "ItemSkippedError": (500, "item_skipped"),
     "ItemTimeoutError": (504, "item_timeout"),
     "CallCancelledError": (499, "call_cancelled"),
+    "EvaluationError": (500, "evaluation"),
+    "MetricError": (500, "metric"),
     "EmbeddingError": (502, "embedding"),
     "EmbeddingShapeError": (502, "embedding_shape"),
     "EmbeddingValueError": (502, "embedding_value"),

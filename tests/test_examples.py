@@ -39,6 +39,17 @@ def run_example(name: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 OFFLINE = {
+    "evaluate": """
+always_nile: EvaluationResult(score=25.0, results=<list of 4 results>)
+Ask: EvaluationResult(score=50.0, results=<list of 4 results>, errors=<of 1 item>)
+question           example_answer        pred_answer            overlap    error
+-----------------  --------------------  ---------------------  ---------  -----------------
+What flows north?  the Nile flows north  The Nile flows north.  ✔ [1.000]
+What is wide?      The Amazon is wide!   The Amazon is wide.    ✔ [1.000]
+What is long?      The Rhine             The Rhine is long.     ✔ [0.500]
+                   What do you mean?                            ✘ [0.000]  ValueError: empty
+failed: item 3, ValueError: empty
+""",
     "thread_pool": """
 Which planet is the largest?  Jupiter is the largest planet.
 Which planet is nearest to the sun?  Mercury is the planet nearest to the sun.

@@ -10,10 +10,12 @@ import threading
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TextIO, assert_type
 
 import dspylite as dspy
 from dspylite.abc import Io, Next
+from dspylite.evaluate.metrics import F1
 from dspylite.integrations.opentelemetry import OpenTelemetryCallback, instrument
 from dspylite.runtime.history import HistoryEntry
 from dspylite.testing import (
@@ -414,6 +416,10 @@ def program_errors(error: dspy.DSPyError) -> ValueError | TypeError | None:
             return error
         case dspy.EmbeddingError():
             assert_type(error.index, int | None)
+        case dspy.MetricError():
+            print(error.prediction)
+        case dspy.EvaluationError():
+            return error
         case dspy.FlowError() | dspy.MissingExtraError() | dspy.CallCancelledError():
             print(error)
         case _:
@@ -430,6 +436,33 @@ def stopped(work: Callable[[], None]) -> dict[int, Any]:
         assert_type(interrupt.untried, int | None)
         return dspy.finished_results(interrupt)
     return {}
+
+
+# --- Evaluation ----------------------------------------------------------------------------------
+
+
+def overlap(example: dspy.Example, pred: dspy.Prediction, trace: Any = None) -> float:
+    return F1(pred.answer, [example["answer"]])
+
+
+async def measured(devset: Iterator[dspy.Example]) -> dict[int, BaseException]:
+    evaluate = dspy.Evaluate(devset=devset, metric=overlap, display_progress=True, display_table=5)
+    result = evaluate(dspy.Predict(QA), save_as_json=Path("results.json"))
+    assert_type(result, dspy.EvaluationResult)
+    assert_type(result.score, float)
+    for example, prediction, score in result.results:
+        print(example, prediction, score)
+    judge = dspy.SemanticF1(threshold=0.5, decompositional=True)
+    result = await evaluate.acall(dspy.Predict(QA), judge, [], 4, callback_metadata={"step": 1})
+    evaluate(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    dspy.Evaluate(devset=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(dspy.normalize_text("x"), str)
+    example, pred = dspy.Example(answer="x"), dspy.Prediction(answer="x")
+    assert_type(dspy.answer_exact_match(example, pred, frac=0.5), bool)
+    assert_type(dspy.answer_passage_match(example, pred), bool)
+    print(dspy.CompleteAndGrounded(threshold=0.5), judge(example, pred).score)
+    assert_type(dspy.evaluate.Evaluate, type[dspy.Evaluate])
+    return result.errors
 
 
 # --- Calls: policies, streams, deadlines, budgets -------------------------------------------------

@@ -1,0 +1,27 @@
+"""DSPy's path to the metrics that compare texts; see `programs/evaluation/metrics.py`."""
+
+from dspylite.programs.evaluation.metrics import (
+    EM,
+    F1,
+    HotPotF1,
+    answer_exact_match,
+    answer_passage_match,
+    em_score,
+    f1_score,
+    hotpot_f1_score,
+    normalize_text,
+    precision_score,
+)
+
+__all__ = [
+    "EM",
+    "F1",
+    "HotPotF1",
+    "answer_exact_match",
+    "answer_passage_match",
+    "em_score",
+    "f1_score",
+    "hotpot_f1_score",
+    "normalize_text",
+    "precision_score",
+]

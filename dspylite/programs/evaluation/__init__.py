@@ -1,0 +1,1 @@
+"""Measuring a program over a set of examples, and the usual metrics."""
