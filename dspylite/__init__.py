@@ -54,6 +54,7 @@ from dspylite.errors import (
     ModuleError,
     OverloadedError,
     SavedEmbeddingsError,
+    SavingError,
     SettingsError,
     SignatureError,
     ToolError,
@@ -84,6 +85,8 @@ from dspylite.programs.evaluation.metrics import (
     normalize_text,
 )
 from dspylite.programs.evaluation.result import EvaluationResult
+from dspylite.programs.loading import load
+from dspylite.programs.loading_settings import load_settings
 from dspylite.programs.predict import ChainOfThought, Predict
 from dspylite.programs.sampling import BestOfN, Refine
 from dspylite.programs.voting import MultiChainComparison, majority
@@ -221,6 +224,7 @@ __all__ = [
     "Retry",
     "SavedEmbeddingsError",
     "SemanticF1",
+    "SavingError",
     "SettingsError",
     "SettingsWarning",
     "Signature",
@@ -253,6 +257,8 @@ __all__ = [
     "inspect_history",
     "is_retryable_lm_error",
     "majority",
+    "load",
+    "load_settings",
     "make_signature",
     "normalize_text",
     "propagate_to_threads",

@@ -11,6 +11,7 @@ a foreign exception into one of these; that is done at the border that meets the
     ├── ModuleError                    also a TypeError
     ├── ToolError                      also a ValueError
     ├── FlowError                      also a RuntimeError
+    ├── SavingError                    also a ValueError
     ├── MissingExtraError              also an ImportError
     ├── AdapterParseError              also a ValueError
     │   └── TruncatedError
@@ -209,6 +210,10 @@ class ToolError(DSPyError, ValueError):
 
 class FlowError(DSPyError, RuntimeError):
     """Code that waits was run by a driver that cannot wait in that way."""
+
+
+class SavingError(DSPyError, ValueError):
+    """A program, its state or the settings cannot be written to a file, or read from one."""
 
 
 class MissingExtraError(DSPyError, ImportError):

@@ -336,6 +336,7 @@ HTTP = {
     "ModuleError": (500, "module"),
     "ToolError": (500, "tool"),
     "FlowError": (500, "flow"),
+    "SavingError": (500, "saving"),
     "MissingExtraError": (500, "missing_extra"),
     "AdapterParseError": (502, "adapter_parse"),
     "TruncatedError": (502, "truncated"),

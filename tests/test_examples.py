@@ -39,6 +39,11 @@ def run_example(name: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 OFFLINE = {
+    "saving": """
+Answer from the context alone. (1 demo)
+Jupiter is the largest planet.
+'guide.json' does not fit: The state of a predictor needs `signature`; it has answer.predict.
+""",
     "evaluate": """
 always_nile: EvaluationResult(score=25.0, results=<list of 4 results>)
 Ask: EvaluationResult(score=50.0, results=<list of 4 results>, errors=<of 1 item>)

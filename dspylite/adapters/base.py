@@ -18,7 +18,7 @@ from dspylite.adapters.native import NativeFeatures, without
 from dspylite.adapters.turns import conversation, history_field
 from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import MAX_CHARS, describe, format_value
-from dspylite.errors import AdapterParseError
+from dspylite.errors import AdapterParseError, SavingError
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import checked_callbacks
 from dspylite.schema.messages import LMOutput, Message
@@ -143,10 +143,34 @@ class Adapter:
         """Leave the written tasks behind; they are made again where they are needed."""
         return {**self.__dict__, "_tasks": {}}
 
+    saved_parameters: ClassVar[Sequence[str] | None] = None
+    """What a file must hold to make such an adapter again; each class names its own."""
+
+    def dump_state(self) -> dict[str, Any]:
+        """Return class and parameters as plain data, for the file of the settings.
+
+        Raises:
+            SavingError: It has callbacks, or its class is not one of ours, which a file may name.
+        """
+        cls = type(self)
+        names: Sequence[str] | None = vars(cls).get("saved_parameters")  # not those of a base
+        if names is None:
+            raise SavingError(f"`{cls.__name__}` is an adapter of your own, which no file can hold")
+        if self.callbacks:
+            raise SavingError(f"the `{cls.__name__}` has callbacks, which no file can hold")
+        if self.native.response_types is not None:
+            raise SavingError(f"the `{cls.__name__}` names types, which no file can hold")
+        return {"class": cls.__name__, "params": {name: getattr(self, name) for name in names}}
+
     @property
     def use_native_function_calling(self) -> bool:
         """Whether a model that can call tools is asked for its calls in its own way."""
         return self.native.function_calling
+
+    @property
+    def parallel_tool_calls(self) -> bool | None:
+        """Whether the model may want several calls at once; None leaves it to the provider."""
+        return self.native.parallel_tool_calls
 
     @property
     def fallback(self) -> Adapter | None:

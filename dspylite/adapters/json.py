@@ -38,6 +38,8 @@ class JSONAdapter(Adapter):
         native_response_types: As for `Adapter`.
     """
 
+    saved_parameters = ("use_native_function_calling", "parallel_tool_calls")
+
     def __init__(
         self,
         callbacks: Sequence[Any] | None = None,

@@ -40,6 +40,13 @@ class ChatAdapter(Adapter):
             last output cut, instead of being a `TruncatedError`.
     """
 
+    saved_parameters = (
+        "use_native_function_calling",
+        "use_json_adapter_fallback",
+        "parallel_tool_calls",
+        "accept_truncated",
+    )
+
     def __init__(
         self,
         callbacks: Sequence[Any] | None = None,

@@ -27,6 +27,8 @@ class XMLAdapter(ChatAdapter):
     Args are those of `ChatAdapter`.
     """
 
+    saved_parameters = ChatAdapter.saved_parameters
+
     def format_field_structure(self, signature: type[Signature]) -> str:
         """Show the elements of an answer."""
         if not signature.output_fields:

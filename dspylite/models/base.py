@@ -29,6 +29,7 @@ from dspylite.models.recording import (
     plain_outputs,
     told_outputs,
 )
+from dspylite.models.states import dump_lm, load_lm
 from dspylite.models.streams import LMStream
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.cancellation import check_cancelled
@@ -389,6 +390,37 @@ class BaseLM:
         twin.policies = self.policies.with_changes(policies)
         twin._start()  # noqa: SLF001  # ours
         return twin
+
+    def dump_state(self) -> dict[str, Any]:
+        """Return the parameters and policies as plain data, for a file of JSON.
+
+        Without secrets: keys, headers and what is secret in URLs are left out, and callbacks. A
+        subclass with more than its parameters overrides it, and `load_state`.
+
+        Raises:
+            SavingError: A parameter is no data.
+        """
+        state: dict[str, Any] = dump_lm(self, self.kwargs, self.policies, self._price)
+        return state
+
+    @classmethod
+    def load_state(cls, state: Mapping[str, Any], *, allow_custom_lm_class: bool = False) -> BaseLM:
+        """Make an LM from what `dump_state` returned, here or in DSPy.
+
+        Args:
+            state: The parameters.
+            allow_custom_lm_class: Whether the state is trusted: it may name the endpoint, to which
+                prompts then go, and a class, which is then imported. Otherwise an endpoint is left
+                out with a warning, and a class refused.
+
+        Raises:
+            SavingError: No LM can be made of it.
+
+        Example:
+            >>> BaseLM.load_state({"model": "openai/gpt-4o-mini", "temperature": 0.2})
+            LM('openai/gpt-4o-mini', temperature=0.2)
+        """
+        return load_lm(BaseLM, cls, state, trusted=allow_custom_lm_class)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process: the state of the policies."""

@@ -27,6 +27,7 @@ from dspylite.models.knowledge import (
 )
 from dspylite.models.litellm_door import known_by_table
 from dspylite.models.offline.engine import OFFLINE_MODEL, OFFLINE_PREFIX, OfflineEngine
+from dspylite.models.states import BUILT_IN, CLASS_KEY, DSPY_LM
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.loops import running_library
 from dspylite.runtime.settings import check_deadline
@@ -246,12 +247,26 @@ class LM(BaseLM):
         twin._check_engine()  # noqa: SLF001  # ours
         return twin
 
+    def dump_state(self) -> dict[str, Any]:
+        """Return the parameters and policies as plain data; otherwise as `BaseLM.dump_state`."""
+        state = super().dump_state()
+        if self.use_developer_role:
+            state["use_developer_role"] = True
+        if self._engine_name != "auto":
+            state["engine"] = self._engine_name
+        if self._capabilities is not None:
+            state["capabilities"] = sorted(self._capabilities)
+        return state
+
     @property
     def engine(self) -> Engine:
         """What makes the call."""
         if self.model == OFFLINE_MODEL:
             return _OFFLINE
         return chat_engine(self._engine_name, self.model, self.model_type)
+
+
+BUILT_IN[DSPY_LM] = LM
 
 
 class OfflineLM(LM):
@@ -268,3 +283,8 @@ class OfflineLM(LM):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(OFFLINE_MODEL, **kwargs)
+
+    def dump_state(self) -> dict[str, Any]:
+        """Return the parameters as those of `LM("offline/extractive")`, which is the same."""
+        state = super().dump_state()
+        return {**state, CLASS_KEY: DSPY_LM} if type(self) is OfflineLM else state

@@ -24,6 +24,7 @@ from dspylite.abc import Io, LanguageModel
 from dspylite.concurrency.outcome import Outcome
 from dspylite.concurrency.parallel import BatchOptions, Parallel
 from dspylite.errors import LMConfigurationError, ModuleError
+from dspylite.programs.saving import Saved
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, own_form, run_flow
@@ -36,7 +37,7 @@ from dspylite.schema.records import Outputs
 T = TypeVar("T")
 
 
-class Module:
+class Module(Saved):
     """A program: subclass it, keep predictors and modules as attributes, define `forward`.
 
     `forward` alone suffices: `acall` then runs it in a worker thread with its context. `aforward`
@@ -480,9 +481,9 @@ def _items(path: str, holder: Any, replace: _Replace) -> Iterator[tuple[str, Any
         set_at = functools.partial(_tuple_setter, holder, list(holder), replace)
     for key, value in pairs:
         if isinstance(value, Module | dict | list | tuple):
-            # Keys as text, as in the states that DSPy saves.
-            shown = str(key) if isinstance(holder, dict) else key
-            yield f"{path}[{shown!r}]", value, set_at(key)
+            # In DSPy's spelling, because saved states go by these paths.
+            place = f"['{key}']" if isinstance(holder, dict) else f"[{key}]"
+            yield f"{path}{place}", value, set_at(key)
 
 
 def _setter(holder: Any, key: Any) -> _Replace:

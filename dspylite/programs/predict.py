@@ -10,7 +10,7 @@ import logging
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, overload
+from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar, overload
 
 from dspylite.abc import Io, LanguageModel
 from dspylite.adapters.values import check_readable
@@ -22,6 +22,7 @@ from dspylite.errors import (
 )
 from dspylite.programs.asking import Question, ask
 from dspylite.programs.base import Planned
+from dspylite.programs.predictor_state import dump_predictor, read_predictor
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.tracking import record_trace
@@ -133,6 +134,30 @@ class Predict(Typed[P, S]):
         self.demos: list[Any] = []
         self.traces: list[Any] = []
         self.train: list[Any] = []
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        """Return demos, instructions, descriptions and the predictor's own LM as plain data.
+
+        Args:
+            json_mode: Whether all is plain data. False keeps demos as the objects they are.
+
+        Raises:
+            SavingError: A value is no data; it is named.
+        """
+        records = {"traces": self.traces, "train": self.train, "demos": self.demos}
+        signature = _usable_signature(self.signature)
+        return dump_predictor(signature, self.lm, records, json_mode=json_mode)
+
+    def load_state(self, state: Mapping[str, Any], *, allow_unsafe_lm_state: bool = False) -> Self:
+        """Take what `dump_state` returned, here or in DSPy 3; if it does not fit, change nothing.
+
+        Raises:
+            SavingError: It is no state of a predictor with this signature.
+        """
+        signature = _usable_signature(self.signature)
+        loaded = read_predictor(signature, state, trusted=allow_unsafe_lm_state)
+        vars(self).update(loaded._asdict())
+        return self
 
     def update_config(self, **config: Any) -> None:
         """Change request parameters of every call from now on."""

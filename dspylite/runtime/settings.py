@@ -6,6 +6,7 @@ whoever reads it.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +17,10 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack, overload
 
 from dspylite.abc import Adapter, LanguageModel
-from dspylite.errors import SettingsError, nearest
+from dspylite.errors import SavingError, SettingsError, nearest
 from dspylite.runtime.frames import CURRENT_CALL, ITEM_INDEX, CallFrame
 from dspylite.runtime.listeners import tell
+from dspylite.runtime.saved_settings import write_settings
 
 T = TypeVar("T")
 
@@ -330,6 +332,33 @@ class Settings:
         the snapshot was taken.
         """
         return _Restored(snapshot)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        modules_to_serialize: Sequence[Any] | None = None,
+        exclude_keys: Sequence[str] | None = None,
+    ) -> None:
+        """Write all settings of here and now to a file of JSON; `load_settings` reads it.
+
+        The LM without its keys and headers, an adapter of ours by its name. Nothing is left out
+        silently: what no file can hold, such as callbacks, must be named in `exclude_keys`.
+
+        Args:
+            path: The file, which is replaced as a whole.
+            modules_to_serialize: DSPy's; must be left out, because no code is written.
+            exclude_keys: Settings to leave out.
+
+        Raises:
+            SavingError: A value is no data; its key is named.
+            OSError: The file cannot be written.
+        """
+        if modules_to_serialize is not None:
+            raise SavingError(
+                "`modules_to_serialize` would write code into the file, which dspylite does not; "
+                "leave it out."
+            )
+        write_settings(path, self.copy(), tuple(exclude_keys or ()))
 
     def copy(self) -> dict[str, Any]:
         """Return all settings as a new dict."""

@@ -24,6 +24,10 @@ _SECRET_NAME = re.compile(
 _SECRET_IN_QUERY = re.compile(  # bounded, so that no text takes longer than it is long
     r"([?&][^=?&#\s]{0,50}(?:key|token|secret|password|sig|signature)=)[^&#\s]+", re.IGNORECASE
 )
+_SECRET_PAIR = re.compile(
+    r"(?<=[?&])[^=?&#\s]{0,50}(?:key|token|secret|password|sig|signature)=[^&#\s]*&?",
+    re.IGNORECASE,
+)
 _SCHEMA_WORDS = frozenset({"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"})
 
 _MAX_DEPTH = 16
@@ -83,6 +87,70 @@ def _holds_secret(value: Any) -> bool:
     if isinstance(value, dict):
         return not _SCHEMA_WORDS & value.keys()
     return isinstance(value, str | bytes | list | tuple)
+
+
+def saved_params(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the parameters as they may stand in a file, and the names of what was left out.
+
+    Left out is what a name says is secret, at any depth, each text that holds one of these secrets,
+    and user and password of a URL, whose rest stays.
+
+    Example:
+        >>> saved_params({"api_key": "k", "n": 2, "api_base": "https://me:pw@example.org/v1"})
+        ({'n': 2, 'api_base': 'https://example.org/v1'}, ['api_key', 'api_base (a part)'])
+    """
+    known: list[str] = []
+    _collect_secrets(params, known, 0)
+    known += [text.partition(" ")[2] for text in known]  # "Bearer" is no part of the secret
+    left_out: list[str] = []
+    kept = _saved(params, "", [s for s in known if len(s) >= MIN_SECRET_CHARS], left_out, 0)
+    return kept, left_out
+
+
+def _collect_secrets(value: Any, found: list[str], depth: int, *, inside: bool = False) -> None:
+    if depth > _MAX_DEPTH:
+        return
+    if isinstance(value, str):
+        if inside:
+            found.append(value.strip())
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            is_named = isinstance(name, str) and is_secret(name) and _holds_secret(each)
+            _collect_secrets(each, found, depth + 1, inside=inside or is_named)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _collect_secrets(each, found, depth + 1, inside=inside)
+
+
+_LEFT_OUT: Any = object()
+
+
+def _saved(value: Any, where: str, known: list[str], left_out: list[str], depth: int) -> Any:
+    if isinstance(value, str):
+        if any(secret in value for secret in known):
+            left_out.append(where)
+            return _LEFT_OUT
+        url = _SECRET_PAIR.sub("", USER_INFO.sub("://", value)) if "://" in value else value
+        if url != value:
+            left_out.append(f"{where} (a part)")
+        return url
+    if not isinstance(value, Mapping | list | tuple):
+        return value
+    if depth > _MAX_DEPTH:
+        left_out.append(where)
+        return _LEFT_OUT
+    if not isinstance(value, Mapping):
+        made = [_saved(each, where, known, left_out, depth + 1) for each in value]
+        return [each for each in made if each is not _LEFT_OUT]
+    kept: dict[Any, Any] = {}
+    for name, each in value.items():
+        path = f"{where}.{name}" if where else str(name)
+        hides = isinstance(name, str) and is_secret(name) and (depth == 0 or _holds_secret(each))
+        if hides:
+            left_out.append(path)
+        elif (found := _saved(each, path, known, left_out, depth + 1)) is not _LEFT_OUT:
+            kept[name] = found
+    return kept
 
 
 def without_userinfo(text: str) -> str:

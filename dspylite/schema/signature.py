@@ -8,6 +8,7 @@ A signature is an immutable class; every edit returns a new one. Not here: its f
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import functools
 import inspect
 import sys
@@ -21,6 +22,7 @@ from dspylite.schema.callers import type_seen_by_callers
 from dspylite.schema.fields import Field, InputField, Kind, OutputField, infer_prefix
 from dspylite.schema.grammar import check_name, parse_signature, unknown_types
 from dspylite.schema.records import Outputs
+from dspylite.schema.signature_state import dumped_words, loaded_words
 
 __all__ = [
     "AnySignature",
@@ -230,6 +232,26 @@ class SignatureMeta(type):
             and cls.instructions == other.instructions
             and list(cls.fields.values()) == list(other.fields.values())
         )
+
+    def dump_state(cls) -> dict[str, Any]:
+        """Return instructions, prefixes and descriptions as plain data, in DSPy's form."""
+        words = [dumped_words(each.name, each.prefix, each.desc) for each in cls.fields.values()]
+        return {"instructions": cls.instructions, "fields": words}
+
+    def load_state(cls, state: Mapping[str, Any]) -> type[AnySignature]:
+        """Return this signature with saved instructions, prefixes and descriptions.
+
+        Raises:
+            SavingError: It is no state of a signature with so many fields.
+        """
+        instructions, words = loaded_words(state, cls.__name__, tuple(cls.fields))
+        fields = tuple(
+            dataclasses.replace(each, prefix=words[each.name].prefix, desc=words[each.name].desc)
+            for each in cls.__fields__.values()
+        )
+        if instructions == cls.instructions and fields == tuple(cls.__fields__.values()):
+            return typing.cast("type[AnySignature]", cls)  # still the class that was written
+        return _build(cls.__name__, fields, instructions)
 
     def __repr__(cls) -> str:
         sides = (

@@ -268,6 +268,20 @@ def histories(lm: dspy.LM, program: dspy.Module, file: TextIO) -> None:
     dspy.inspect_history("3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
+class Keeper(dspy.Module):
+    """A program of the user's."""
+
+
+def saving(program: Keeper, lm: dspy.LM, path: Path) -> None:
+    program.save(path)
+    program.load(path, allow_unsafe_lm_state=True)
+    assert_type(program.load_state(program.dump_state()), Keeper)
+    assert_type(dspy.load(path, trust=["my_app", Keeper]), dspy.Module)
+    assert_type(dspy.BaseLM.load_state(lm.dump_state()), dspy.BaseLM)
+    assert_type(dspy.load_settings(path), dict[str, Any])
+    dspy.settings.save(path, exclude_keys=["callbacks"])
+
+
 def settings_warnings(warning: dspy.SettingsWarning) -> UserWarning:
     return warning
 
