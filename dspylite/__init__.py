@@ -13,8 +13,13 @@ from dspylite.adapters.base import Adapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.adapters.two_step import TwoStepAdapter
+from dspylite.adapters.types.audio import Audio
 from dspylite.adapters.types.base import Type
+from dspylite.adapters.types.citations import Citations, Document
+from dspylite.adapters.types.file import File
 from dspylite.adapters.types.history import History
+from dspylite.adapters.types.image import Image
+from dspylite.adapters.types.text import Code, Reasoning
 from dspylite.adapters.types.tools import Tool, ToolCallResults, ToolCalls
 from dspylite.adapters.xml import XMLAdapter
 from dspylite.concurrency.executors import asyncify, syncify
@@ -49,6 +54,8 @@ from dspylite.errors import (
     LMTimeoutError,
     LMTransportError,
     LMUnexpectedError,
+    MediaError,
+    MediaFetchError,
     MetricError,
     MissingExtraError,
     ModuleError,
@@ -148,6 +155,7 @@ __all__ = [
     "Adapter",
     "AdapterParseError",
     "Attempt",
+    "Audio",
     "BaseCallback",
     "BaseLM",
     "BatchError",
@@ -163,11 +171,14 @@ __all__ = [
     "CircuitBreaker",
     "CircuitOpenError",
     "CompleteAndGrounded",
+    "Citations",
+    "Code",
     "Completions",
     "ContentFilterError",
     "ContextWindowExceededError",
     "DSPyError",
     "DeadlineExceededError",
+    "Document",
     "Embedder",
     "EmbeddingError",
     "EmbeddingMatrix",
@@ -180,10 +191,12 @@ __all__ = [
     "EvaluationResult",
     "Example",
     "Fallback",
+    "File",
     "FlowError",
     "Health",
     "History",
     "HistoryEntry",
+    "Image",
     "InputField",
     "InputFieldError",
     "ItemSkippedError",
@@ -208,6 +221,8 @@ __all__ = [
     "LMUnexpectedError",
     "MaxConcurrency",
     "MetricError",
+    "MediaError",
+    "MediaFetchError",
     "MissingExtraError",
     "Module",
     "ModuleError",
@@ -221,6 +236,7 @@ __all__ = [
     "Prediction",
     "RateLimit",
     "Refine",
+    "Reasoning",
     "Retry",
     "SavedEmbeddingsError",
     "SemanticF1",

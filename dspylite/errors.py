@@ -13,6 +13,8 @@ a foreign exception into one of these; that is done at the border that meets the
     ├── FlowError                      also a RuntimeError
     ├── SavingError                    also a ValueError
     ├── MissingExtraError              also an ImportError
+    ├── MediaError                     also a ValueError
+    │   └── MediaFetchError
     ├── AdapterParseError              also a ValueError
     │   └── TruncatedError
     ├── BatchError
@@ -218,6 +220,24 @@ class SavingError(DSPyError, ValueError):
 
 class MissingExtraError(DSPyError, ImportError):
     """An optional library is needed for what was asked; the message says what to install."""
+
+
+class MediaError(DSPyError, ValueError):
+    """An image, audio or file cannot be taken: it is not there, too large or of another kind."""
+
+    http_status = 422
+
+
+class MediaFetchError(MediaError):
+    """What was to be fetched from a URL did not come, or is not what was wanted.
+
+    Attributes:
+        status: HTTP status, where the server refused.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class AdapterParseError(DSPyError, ValueError):

@@ -338,6 +338,8 @@ HTTP = {
     "FlowError": (500, "flow"),
     "SavingError": (500, "saving"),
     "MissingExtraError": (500, "missing_extra"),
+    "MediaError": (422, "media"),
+    "MediaFetchError": (422, "media_fetch"),
     "AdapterParseError": (502, "adapter_parse"),
     "TruncatedError": (502, "truncated"),
     "BatchError": (500, "batch"),

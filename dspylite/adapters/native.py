@@ -111,10 +111,20 @@ class NativeFeatures:
         beside = _as_dict(output)
         for name, kind in found.beside.items():
             if name not in written.output_fields or name not in values:
-                values[name] = kind.parse_lm_response(beside)
+                values[name] = _beside(plan, kind, beside)
         if calls is not None and found.calls is not None:
             values[found.calls] = calls
         return {name: values.get(name) for name in plan.signature.output_fields}
+
+
+def _beside(plan: AdapterPlan, kind: type[Type], response: Mapping[str, Any]) -> Any:
+    try:
+        return kind.parse_lm_response(response)
+    except ValueError as error:  # pydantic's is one too
+        reason = " ".join(str(error).split())
+        raise AdapterParseError(
+            kind.__name__, plan.signature, str(response.get("text", "")), reason
+        ) from error
 
 
 def _tool_calls(plan: AdapterPlan, output: LMOutput) -> ToolCalls:
@@ -135,7 +145,7 @@ def _as_dict(output: LMOutput) -> dict[str, Any]:
         "text": output.text,
         "reasoning_content": output.reasoning,
         "tool_calls": list(output.tool_calls),
-        "citations": list(getattr(output, "citations", ())),
+        "citations": list(output.citations),
     }
     return {name: value for name, value in given.items() if value}
 

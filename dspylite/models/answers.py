@@ -195,7 +195,9 @@ def _read_choice(choice: Any) -> LMOutput:
     message = _get(choice, "message")
     if message is None:  # a text completion
         return LMOutput(
-            text=_get(choice, "text") or "", finish_reason=_get(choice, "finish_reason")
+            text=_get(choice, "text") or "",
+            finish_reason=_get(choice, "finish_reason"),
+            logprobs=plain_object(_get(choice, "logprobs")),
         )
     calls = _get(message, "tool_calls") or ()
     text = text_of(_get(message, "content"))
@@ -207,7 +209,27 @@ def _read_choice(choice: Any) -> LMOutput:
         finish_reason=_get(choice, "finish_reason"),
         reasoning=reasoning,
         tool_calls=tuple(_tool_call(call) for call in calls),
+        citations=_citations(message),
+        logprobs=plain_object(_get(choice, "logprobs")),
     )
+
+
+def _citations(message: Any) -> tuple[dict[str, Any], ...]:
+    """Return what a message cites; litellm gives Anthropic's grouped by the texts that cite."""
+    fields = as_mapping(_get(message, "provider_specific_fields"))
+    found = fields.get("citations") or _get(message, "citations")
+    groups = found if isinstance(found, list | tuple) else ()
+    return tuple(
+        plain
+        for group in groups
+        for citation in (group if isinstance(group, list | tuple) else [group])
+        if (plain := as_mapping(citation))
+    )
+
+
+def plain_object(value: Any) -> dict[str, Any] | None:
+    """Return an object of an answer as a dict; None if it is none or empty."""
+    return as_mapping(value) or None
 
 
 def _tool_call(call: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from dspylite.errors import LMError, LMServerError
@@ -30,10 +31,25 @@ class _Choice:
         self.text: list[str] = []
         self.reasoning: list[str] = []
         self.calls: dict[int, _Call] = {}
+        self.citations: list[Mapping[str, Any]] = []
+        self.logprobs: dict[str, Any] = {}
         self.finish_reason: str | None = None
 
     def add_call(self, piece: Mapping[str, Any]) -> None:
         self.calls.setdefault(self._slot(piece), _Call()).add(piece)
+
+    def add_extras(self, choice: Mapping[str, Any], delta: Mapping[str, Any]) -> None:
+        """Take what stands beside the text; both come in pieces, a citation at a time."""
+        cited = as_mapping(delta.get("provider_specific_fields")).get("citation")
+        if cited := as_mapping(cited):
+            self.citations.append(cited)
+        for name, value in as_mapping(choice.get("logprobs")).items():
+            if not isinstance(value, list):
+                self.logprobs.setdefault(name, value)
+            elif isinstance(so_far := self.logprobs.get(name), list):
+                so_far.extend(value)
+            else:
+                self.logprobs[name] = list(value)
 
     def _slot(self, piece: Mapping[str, Any]) -> int:
         """Return which call a piece belongs to; without an index, a new id begins a new call."""
@@ -55,6 +71,8 @@ class _Choice:
             finish_reason=self.finish_reason,
             reasoning=reasoning,
             tool_calls=tuple(self.calls[index].whole() for index in sorted(self.calls)),
+            citations=tuple(self.citations),
+            logprobs=deepcopy(self.logprobs) or None,  # more may come
         )
 
 
@@ -179,6 +197,7 @@ class Assembly:
         state.reasoning.append(reasoning)
         for call in calls:
             state.add_call(call)
+        state.add_extras(choice, delta)
         state.finish_reason = reason or state.finish_reason
         if not (text or reasoning or calls or reason):
             return None

@@ -213,11 +213,15 @@ def told_outputs(response: LMResponse) -> LMOutputs:
 
 
 def _plain_output(output: LMOutput) -> str | dict[str, Any]:
-    if not output.reasoning and not output.tool_calls:
+    if not (output.reasoning or output.tool_calls or output.citations or output.logprobs):
         return output.text
     plain: dict[str, Any] = {"text": output.text}
     if output.reasoning:
         plain["reasoning_content"] = output.reasoning
     if output.tool_calls:
         plain["tool_calls"] = deepcopy(list(output.tool_calls))
+    if output.citations:
+        plain["citations"] = deepcopy(list(output.citations))
+    if output.logprobs:
+        plain["logprobs"] = deepcopy(output.logprobs)
     return plain

@@ -142,12 +142,16 @@ class LMOutput:
         finish_reason: Why it stopped (`"stop"`, `"length"`, `"tool_calls"` ...); None if unknown.
         reasoning: What a reasoning model wrote before its answer, where the provider shows it.
         tool_calls: Calls the model wants made, in the provider's form.
+        citations: What in its sources the model points to, in the provider's form.
+        logprobs: How likely each token was, in the provider's form; None unless it was asked for.
     """
 
     text: str
     finish_reason: str | None = None
     reasoning: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    citations: tuple[Mapping[str, Any], ...] = ()
+    logprobs: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

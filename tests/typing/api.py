@@ -649,3 +649,33 @@ def traced() -> None:
         assert_type(tracing.callback, OpenTelemetryCallback)
     tracing.undo()
     dspy.configure(callbacks=[OpenTelemetryCallback(adapters=True, max_open_calls=100)])
+
+
+class Java(dspy.Code):
+    language = "java"
+
+
+def types_of_fields(document: dspy.Document, cited: dspy.Citations, why: dspy.Reasoning) -> None:
+    image = dspy.Image("https://example.org/a.png")
+    assert_type(image.url, str)
+    assert_type(dspy.Image.from_url("https://h/a", verify=False, timeout=None), dspy.Image)
+    assert_type(dspy.Image.from_path("a.png", max_bytes=10), dspy.Image)
+    dspy.Image.from_url("https://h/a", 5, "long")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(dspy.Audio(b"...", audio_format="mp3").data, str)
+    assert_type(dspy.Audio.from_array([0.0], 8000), dspy.Audio)
+    assert_type(dspy.File.from_path("a.pdf", "a.pdf", "application/pdf").filename, str | None)
+    assert_type(dspy.File.from_file_id("f"), dspy.File)
+    assert_type(Java(code="int a;").code, str)
+    assert_type(Java.language, str)
+    assert_type(document.title, str | None)
+    assert_type([each.cited_text for each in cited], list[str])
+    assert_type(cited[0].document_index, int | None)
+    assert_type(cited[1:], list[dspy.Citations.Citation])
+    assert_type(why + " so", str)
+    assert_type(why + why, dspy.Reasoning)
+    assert_type(why[0], str)
+    assert_type(dspy.History(messages=[{"question": "a"}]).messages, list[dict[str, Any]])
+    try:
+        dspy.Image.from_url("https://h/a")
+    except dspy.MediaFetchError as error:
+        assert_type(error.status, int | None)

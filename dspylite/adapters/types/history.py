@@ -1,4 +1,8 @@
-"""`History`: the turns of a conversation, as an input."""
+"""`History`: the turns of a conversation, as values of a signature's fields.
+
+Not here: how they stand before a question (`adapters/`), and the record of calls
+(`runtime/history.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,33 @@ from typing import Any
 
 import pydantic
 
+from dspylite.schema.grammar import register_type
+
 
 class History(pydantic.BaseModel):
-    """A conversation so far; its turns stand before the question as messages of their own.
+    """Earlier turns of a conversation, for an input of a signature.
 
     Attributes:
-        messages: The turns, oldest first; each a dict from names of the signature's fields, inputs
-            and outputs, to their values.
+        messages: One dict for each turn, oldest first; its keys are names of the signature's
+            fields, inputs and outputs alike. The list is this history's own and may grow.
+
+    Raises:
+        pydantic.ValidationError: It is no list of dicts with texts as keys.
 
     Example:
-        >>> history = History(messages=[{"question": "Capital of France?", "answer": "Paris"}])
+        >>> history = History(messages=[{"question": "What is 2 + 2?", "answer": "4"}])
+        >>> history.messages.append({"question": "And 2 + 3?", "answer": "5"})
         >>> len(history.messages)
-        1
+        2
     """
 
+    messages: list[dict[str, Any]]
+
     model_config = pydantic.ConfigDict(
-        frozen=True, str_strip_whitespace=True, validate_assignment=True, extra="forbid"
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={"description": "Earlier turns of the conversation, oldest first."},
     )
 
-    messages: list[dict[str, Any]]
+
+register_type("History", History)

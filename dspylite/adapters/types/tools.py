@@ -21,6 +21,7 @@ from dspylite.adapters.values import json_schema, parse_json, to_json, type_adap
 from dspylite.errors import ToolError, nearest
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+from dspylite.schema.grammar import register_type
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -491,3 +492,8 @@ class ToolCallResults(pydantic.BaseModel):
         if isinstance(data, Mapping) and "value" in data:
             return {"tool_call_results": [data]}
         return data
+
+
+register_type("Tool", Tool)
+register_type("ToolCalls", ToolCalls)
+register_type("ToolCallResults", ToolCallResults)

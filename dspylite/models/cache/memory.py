@@ -31,7 +31,10 @@ def held_bytes(value: Any) -> int:
     while left:
         each = left.pop()
         if isinstance(each, LMResponse):
-            left += [(part.text, part.reasoning, part.tool_calls) for part in each.outputs]
+            left += [
+                (part.text, part.reasoning, part.tool_calls, part.citations, part.logprobs)
+                for part in each.outputs
+            ]
             continue
         total += sys.getsizeof(each)
         if isinstance(each, Mapping):

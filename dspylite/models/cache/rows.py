@@ -24,6 +24,7 @@ _MAGIC = b"dspl\x01"
 _RESPONSE, _JSON, _FLOATS = b"R", b"J", b"F"
 _DIGEST_BYTES = 16
 _TEXT_OR_NONE = (str, type(None))
+_DICT_OR_NONE = (dict, type(None))
 _HEADER_BYTES = len(_MAGIC) + 1 + _DIGEST_BYTES
 
 
@@ -109,6 +110,8 @@ def _response_to_json(response: LMResponse) -> Any:
                 "finish_reason": output.finish_reason,
                 "reasoning": output.reasoning,
                 "tool_calls": list(output.tool_calls),
+                **({"citations": list(output.citations)} if output.citations else {}),
+                **({"logprobs": output.logprobs} if output.logprobs else {}),
             }
             for output in response.outputs
         ],
@@ -131,6 +134,8 @@ def _output_from_json(found: Mapping[str, Any]) -> LMOutput:
         finish_reason=_checked(found["finish_reason"], _TEXT_OR_NONE),
         reasoning=_checked(found["reasoning"], _TEXT_OR_NONE),
         tool_calls=tuple(_checked(call, dict) for call in found["tool_calls"]),
+        citations=tuple(_checked(each, dict) for each in found.get("citations", ())),
+        logprobs=_checked(found.get("logprobs"), _DICT_OR_NONE),
     )
 
 
@@ -146,12 +151,9 @@ def own_copy(value: Any) -> Any:
     What is immutable is shared.
     """
     if isinstance(value, LMResponse):
-        if not any(output.tool_calls for output in value.outputs):
+        if not any(out.tool_calls or out.citations or out.logprobs for out in value.outputs):
             return value
-        outputs = tuple(
-            replace(output, tool_calls=copy.deepcopy(output.tool_calls)) for output in value.outputs
-        )
-        return replace(value, outputs=outputs)
+        return replace(value, outputs=copy.deepcopy(value.outputs))
     if isinstance(value, str | int | float | None):
         return value
     return copy.deepcopy(value)
