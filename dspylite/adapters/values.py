@@ -237,6 +237,8 @@ def parse_text(field: Field, text: str) -> Any:
         return text if not field.constraints else _validated(field, text)
     if len(text) > MAX_CHARS:
         raise ValueError(f"{len(text)} characters are more than {MAX_CHARS}")
+    if isinstance(annotation, type) and issubclass(annotation, Type) and _is_text(annotation):
+        return _validated(field, text)
     alternatives = _alternatives(annotation)
     if type(None) in alternatives and text in {"null", "None"}:
         return None
@@ -261,6 +263,12 @@ def parse_text(field: Field, text: str) -> Any:
         if isinstance(value, str) or text[:1] in {"{", "["}:
             raise
         return _validated(field, bare)  # `2024-05-01` or `1234` may be what a str-like type wants
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_text(kind: type[Type]) -> bool:
+    """Tell whether values of a type are written as plain text, as code is; it reads that itself."""
+    return json_schema(kind).get("type") == "string"
 
 
 def validate(field: Field, value: Any) -> Any:
