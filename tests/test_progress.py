@@ -15,6 +15,13 @@ import dspylite as dspy
 print(dspy.Parallel(num_threads=2, progress=True)([(abs, (-x,)) for x in range(7)]))
 """
 
+EVALUATION = """
+import dspylite as dspy
+devset = [dspy.Example(x=x, y=x).with_inputs("x") for x in range(4)]
+evaluate = dspy.Evaluate(devset=devset, metric=lambda e, p: e.y == p.y, display_progress=True)
+print(evaluate(lambda x: dspy.Prediction(y=x)).score)
+"""
+
 WITHOUT_RICH = """
 import sys
 sys.modules["rich"] = None
@@ -55,3 +62,13 @@ def test_without_rich_the_error_says_what_to_install() -> None:
     code, _, shown = run_on_terminal(WITHOUT_RICH + BATCH)
     assert code == 1
     assert "pip install dspylite[progress]" in shown
+
+
+def test_an_evaluation_goes_on_without_the_bar_that_it_cannot_draw() -> None:
+    """Programs written for DSPy ask for one everywhere, and the scores are what they are for."""
+    code, out, shown = run_on_terminal(WITHOUT_RICH + EVALUATION)
+    assert (code, out) == (0, "100.0\n")
+    assert "pip install dspylite[progress]" in shown
+    code, out, shown = run_on_terminal(EVALUATION)
+    assert (code, out) == (0, "100.0\n")
+    assert "4/4" in shown

@@ -68,9 +68,21 @@ def show_progress(total: int | None, *, wanted: bool) -> Bar:
     Raises:
         MissingExtraError: A bar should be drawn and rich is not installed.
     """
-    if not wanted or not (sys.stderr.isatty() or is_in_notebook()):
+    if not wanted or not _is_watched():
         return Bar()
     return _RichBar(total)
+
+
+def can_draw() -> bool:
+    """Tell whether a bar can be drawn, or need not be because nobody would see it."""
+    try:
+        return not _is_watched() or bool(_load_rich())
+    except MissingExtraError:
+        return False
+
+
+def _is_watched() -> bool:
+    return sys.stderr.isatty() or is_in_notebook()
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from dspylite.abc import Io
 from dspylite.concurrency.outcome import Outcome, batch_error
 from dspylite.concurrency.parallel import Parallel
+from dspylite.concurrency.progress import can_draw
 from dspylite.concurrency.run import Progress
 from dspylite.errors import EvaluationError, InputFieldError, nearest
 from dspylite.programs.base import Module
@@ -55,8 +56,9 @@ class Evaluate:
             with a `score`. Sync or async; a module such as `SemanticF1()` is one, too. None: each
             call names one.
         num_threads: Threads (or tasks). None: `settings.num_threads`.
-        display_progress: Whether a bar is drawn on stderr, if that is a terminal; or a function,
-            called as `progress(done, total, errors)` after each item.
+        display_progress: Whether a bar is drawn on stderr, if that is a terminal and the extra
+            `progress` is installed; or a function, called as `progress(done, total, errors)`
+            after each item.
         display_table: Whether the results are shown as a table on stdout or in the notebook; a
             number shows that many rows.
         max_errors: Failures at which the evaluation ends with a `BatchError` that keeps what
@@ -231,6 +233,12 @@ class Evaluate:
         return result
 
     def _parallel(self, num_threads: int | None, progress: bool | Progress) -> Parallel:
+        if progress is True and not can_draw():
+            logger.warning(
+                "display_progress draws with rich, which is not installed: "
+                "`pip install dspylite[progress]`; going on without a bar"
+            )
+            progress = False
         return Parallel(
             num_threads,
             settings.max_errors if self.max_errors is None else self.max_errors,
