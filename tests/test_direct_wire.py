@@ -348,7 +348,9 @@ def test_half_of_a_surrogate_pair_is_refused_in_embeddings(server: FakeServer) -
     assert server.requests == ()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1, 2}], ids=str)
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), pytest.param(object(), id="object"), {1, 2}], ids=str
+)
 def test_parameter_that_is_no_json_is_refused(value: object, server: FakeServer) -> None:
     """`NaN` is no JSON, though Python writes it; a server's error would say less."""
     assert type(failure(lm_of(server), top_p=value)) is LMInvalidRequestError
