@@ -95,6 +95,8 @@ from dspylite.programs.evaluation.result import EvaluationResult
 from dspylite.programs.loading import load
 from dspylite.programs.loading_settings import load_settings
 from dspylite.programs.predict import ChainOfThought, Predict
+from dspylite.programs.react import ReAct
+from dspylite.programs.react_v2 import ReActV2
 from dspylite.programs.sampling import BestOfN, Refine
 from dspylite.programs.voting import MultiChainComparison, majority
 from dspylite.retrievers import Embeddings, EmbeddingsWithScores
@@ -237,6 +239,8 @@ __all__ = [
     "RateLimit",
     "Refine",
     "Reasoning",
+    "ReAct",
+    "ReActV2",
     "Retry",
     "SavedEmbeddingsError",
     "SemanticF1",

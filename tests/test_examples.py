@@ -39,6 +39,14 @@ def run_example(name: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 OFFLINE = {
+    "react_agent": """
+ river_of: Execution error in river_of: KeyError: 'Bassel'
+ river_of: Rhine
+length_of: 1230
+   finish: Completed.
+   called: 1230 km
+  awaited: 1230 km
+""",
     "saving": """
 Answer from the context alone. (1 demo)
 Jupiter is the largest planet.

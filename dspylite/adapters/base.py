@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from dspylite.abc import Io, LanguageModel
 from dspylite.adapters.content import ContentBuilder
 from dspylite.adapters.native import NativeFeatures, without
-from dspylite.adapters.turns import conversation, history_field
+from dspylite.adapters.turns import NOT_SAID, conversation, history_field
 from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import MAX_CHARS, describe, format_value
 from dspylite.errors import AdapterParseError, SavingError
@@ -388,6 +388,8 @@ class Adapter:
         builder = ContentBuilder(functools.partial(self.escape, signature))
         parts = [prefix] if prefix else []
         for name, field in signature.input_fields.items():
+            if inputs.get(name) is NOT_SAID:
+                continue
             if name in inputs:
                 text = format_value(inputs[name], builder)
                 parts.append(self.format_input(signature, name, text))

@@ -43,9 +43,7 @@ class NativeFeatures:
     def has_use_for(self, signature: type[Signature]) -> bool:
         """Tell whether any output could come by a feature of the model."""
         found = _special_fields(signature)
-        return (found.calls is not None and self.function_calling) or any(
-            self._takes(kind) for kind in found.beside.values()
-        )
+        return found.calls is not None or any(self._takes(kind) for kind in found.beside.values())
 
     def _takes(self, kind: type[Type]) -> bool:
         return self.response_types is None or kind in self.response_types
@@ -63,16 +61,16 @@ class NativeFeatures:
             SignatureError: Tool calls are wanted and there is no input for the tools.
         """
         found, written, asked = _special_fields(signature), signature, dict(params)
-        if found.calls is not None and self.function_calling:
-            if found.tools is None:
-                raise SignatureError(
-                    f"`{signature.__name__}` has the output `{found.calls}` for tool calls, and no "
-                    "input with the tools; add one of the type `list[Tool]`."
-                )
-            if "function_calling" in lm.capabilities:
+        if found.calls is not None and self.function_calling and found.tools is None:
+            raise SignatureError(
+                f"`{signature.__name__}` has the output `{found.calls}` for tool calls, and no "
+                "input with the tools; add one of the type `list[Tool]`."
+            )
+        if found.calls is not None and found.tools is not None:
+            if self.function_calling and "function_calling" in lm.capabilities:
                 written = without(written, (found.calls, found.tools))
                 asked = {**self._tool_params(inputs[found.tools]), **asked}
-            else:
+            else:  # the tools stand in the text, and a request without them must not choose one
                 asked = {name: value for name, value in asked.items() if name not in _OF_TOOLS}
         for name, kind in found.beside.items():
             if self._takes(kind):

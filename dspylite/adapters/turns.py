@@ -5,6 +5,7 @@ Not here: how the values of one turn are written (`adapters/base.py`).
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -18,6 +19,16 @@ from dspylite.schema.signature import Signature
 
 RESULTS = "tool_call_results"
 """Name under which results are told to a model that knows no messages of tools."""
+
+
+class Silence(enum.Enum):
+    """What stands for a value that is not written."""
+
+    NOT_SAID = "not said again"
+
+
+NOT_SAID = Silence.NOT_SAID
+"""Default of an input that stands in an earlier turn of the conversation."""
 
 
 class Writer(Protocol):
@@ -74,7 +85,9 @@ def _answer(writer: Writer, signature: type[Signature], turn: Mapping[str, Any])
     results = None
     if calls is not None and calls.tool_call_results is not None:
         results = ToolCallResults.model_validate(calls.tool_call_results)
+    # Where the model must write its calls as text, it is shown them as text too.
     is_native = calls is not None and writer.use_native_function_calling
+    is_native = is_native and name not in signature.output_fields
     said = tuple(
         each
         for each in signature.output_fields

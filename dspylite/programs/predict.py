@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar, overload
 
 from dspylite.abc import Io, LanguageModel
+from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import check_readable
 from dspylite.errors import (
     InputFieldError,
@@ -195,7 +196,7 @@ class Predict(Typed[P, S]):
             if name in kwargs and name not in self.signature.input_fields
         }
         signature = _usable_signature(overrides.get("signature", self.signature))
-        inputs = _checked_inputs(
+        inputs = checked_inputs(
             signature, args, {k: v for k, v in kwargs.items() if k not in overrides}
         )
         own = self.lm if overrides.get("lm") is None else overrides["lm"]
@@ -272,9 +273,14 @@ class ChainOfThought(Typed[P, S]):
         return await self.predict.plan(io, args, kwargs)
 
 
-def _checked_inputs(
+def checked_inputs(
     signature: type[Signature], args: Sequence[Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return the value of each input of a call, defaults included.
+
+    Raises:
+        InputFieldError: Positional arguments, an unknown input or a missing one.
+    """
     fields = signature.input_fields
     call = f"predict({', '.join(f'{name}=...' for name in fields)})"
     if args:
@@ -296,7 +302,7 @@ def _checked_inputs(
         listed = ", ".join(f"`{name}`" for name in missing)
         raise InputFieldError(f"`{signature.signature}` needs {listed} too: write `{call}`.")
     if settings.warn_on_type_mismatch:
-        for name, value in inputs.items():
+        for name, value in given.items():
             _warn_of_type(fields[name], value)
     return inputs
 
@@ -317,6 +323,10 @@ def _fits(annotation: Any, value: Any) -> bool:
     if annotation is None:
         return value is None
     wanted = typing.get_origin(annotation) or annotation
+    if wanted is typing.Annotated:
+        return _fits(typing.get_args(annotation)[0], value)
+    if wanted is str and isinstance(value, Type):  # it writes itself, as text is written
+        return True
     if wanted in (typing.Union, types.UnionType):
         return any(_fits(part, value) for part in typing.get_args(annotation))
     if not isinstance(wanted, type) or (wanted is float and isinstance(value, int)):

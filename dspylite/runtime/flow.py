@@ -19,10 +19,10 @@ import anyio
 
 from dspylite.abc import Clock, Dual, Gate, Io, Ticket
 from dspylite.errors import FlowError
-from dspylite.runtime.bridge import call_async
+from dspylite.runtime.bridge import call_async, call_within
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation, check_cancelled
 from dspylite.runtime.clock import CLOCK, deadline_error, time_left
-from dspylite.runtime.loops import poster
+from dspylite.runtime.loops import poster, standing_still
 from dspylite.runtime.threads import ThreadPoolExecutor, is_async
 from dspylite.runtime.workers import call_in_thread
 
@@ -243,6 +243,48 @@ def _run_plan(plan: Callable[[X], Awaitable[T]], item: X) -> T:
 
 async def _as_coroutine(plan: Callable[[X], Awaitable[T]], item: X) -> T:
     return await plan(item)
+
+
+async def within_deadline(io: Io, plan: Callable[[Io], Coroutine[Any, Any, T]], doing: str) -> T:
+    """Run a plan that calls a user's functions, no longer than the call in progress may take.
+
+    Where that has a deadline, the blocking driver runs the plan in a thread beside this one, which
+    is left behind when the time is up and told by its flag to stop.
+
+    Args:
+        io: The driver.
+        plan: An async function of a driver.
+        doing: What is said in the error, such as `"the tool ran"`.
+
+    Raises:
+        DeadlineExceededError: The time is up.
+    """
+    left = io.time_left()
+    if left is None:
+        return await plan(io)
+    if left <= 0:
+        raise deadline_error(doing)
+    return await io.call(
+        Both(partial(_block_within, plan, left, doing), partial(_await_within, plan, left, doing))
+    )
+
+
+def _block_within(plan: Callable[[Io], Coroutine[Any, Any, T]], seconds: float, doing: str) -> T:
+    with standing_still():
+        try:
+            return call_within(seconds, lambda: run_flow(plan(BLOCKING)))
+        except TimeoutError as error:  # the plan's own one, if there is time left
+            if (time_left() or 0.0) > 0:
+                raise
+            raise deadline_error(doing) from error
+
+
+async def _await_within(
+    plan: Callable[[Io], Coroutine[Any, Any, T]], seconds: float, doing: str
+) -> T:
+    with anyio.move_on_after(seconds):
+        return await plan(ASYNC)
+    raise deadline_error(doing)
 
 
 async def _wait_for(value: Awaitable[T]) -> T:

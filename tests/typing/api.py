@@ -160,6 +160,9 @@ async def text_signatures_are_dynamic() -> None:
     assert_type((await predict.acall(question="x")).anything, Any)
     assert_type(predict.batch([{"question": "x"}]), list[dspy.Prediction])
     assert_type(dspy.ChainOfThought("question -> answer")(question="x").reasoning, Any)
+    assert_type(dspy.ReAct(QA, [len], max_iters=3)(question="x"), QA)
+    assert_type(dspy.ReAct("question -> answer", [len])(question="x").trajectory, Any)
+    assert_type(dspy.ReActV2(QA, [dspy.Tool(len)])(question="x").answer, str)
     assert_type(dspy.Predict(dspy.Signature("question -> answer"))(question="x").anything, Any)
 
 

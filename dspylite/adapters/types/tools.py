@@ -6,24 +6,24 @@ Not here: asking a model for calls (`adapters/base.py`), and the loop of an agen
 
 from __future__ import annotations
 
+import copy
 import functools
-import inspect
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import pydantic
-from pydantic_core import PydanticUndefined, to_jsonable_python
+from pydantic_core import PydanticUndefined
 
 from dspylite.abc import Io
 from dspylite.adapters.types.base import Type
-from dspylite.adapters.values import json_schema, parse_json, to_json, type_adapter
+from dspylite.adapters.types.foreign_tools import LangChainTool, McpTool, read_langchain, read_mcp
+from dspylite.adapters.types.functions import name_of, read_function, words_of
+from dspylite.adapters.values import parse_json, to_json, type_adapter
 from dspylite.errors import ToolError, nearest
 from dspylite.runtime.calls import Observed
-from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow, within_deadline
+from dspylite.runtime.homes import LoopHome
 from dspylite.schema.grammar import register_type
-
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Tool(Type):
@@ -78,12 +78,12 @@ class Tool(Type):
     ) -> None:
         if not callable(func):
             raise ToolError(f"A tool needs a function, not {func!r}.")
-        read = _read_function(func, arg_types or {}, arg_desc or {}, is_told=args is not None)
+        read = read_function(func, arg_types or {}, arg_desc or {}, is_told=args is not None)
         fields: dict[str, Any] = {
             **read._asdict(),
             "func": func,
-            "name": name or _name_of(func),
-            "desc": _words_of(func) if desc is None else desc,
+            "name": name or name_of(func),
+            "desc": words_of(func) if desc is None else desc,
             "arg_desc": dict(arg_desc or {}),
         }
         if args is not None:  # what is told of them holds, and not what the function could take
@@ -92,6 +92,55 @@ class Tool(Type):
             fields |= {"args": dict(args), "arg_types": types, "required": needed}
             fields |= {"has_kwargs": False, **given}
         super().__init__(**fields)
+
+    @classmethod
+    def from_mcp_tool(
+        cls,
+        session: Any,
+        tool: McpTool,
+        *,
+        result_mode: Literal["text", "structured"] = "text",
+    ) -> Self:
+        """Make a tool of one that a server of the Model Context Protocol offers.
+
+        A session works in the event loop that it was opened in, and in no other. Made inside that
+        loop, the tool finds its way there from every thread and every other loop; made outside of
+        any, it is tied to the first loop that awaits it.
+
+        Args:
+            session: An open `ClientSession` or `Client`, or anything with their `call_tool`.
+            tool: One of `(await session.list_tools()).tools`.
+            result_mode: `"text"` gives the text of a result: a string, or a list where it has
+                several parts, with those that are no text as they came. `"structured"` gives the
+                structured content where the server sends some, else the same.
+
+        Raises:
+            ToolError: `result_mode` is neither. When called: the arguments do not fit, the server
+                reports a failure, or the connection is gone.
+        """
+        return cls(**read_mcp(session, tool, result_mode))
+
+    @classmethod
+    def from_langchain(cls, tool: LangChainTool) -> Self:
+        """Make a tool of one of LangChain's.
+
+        Args:
+            tool: What `@tool` of LangChain makes, or an object of a `BaseTool`'s subclass.
+        """
+        return cls(**read_langchain(tool))
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy what is told to the model; the function stays the same one.
+
+        It may hold a connection or a lock, and what it keeps is the user's to share or not.
+        """
+        memo = {} if memo is None else memo
+        memo[id(self.func)] = self.func
+        twin = self.model_copy()
+        memo[id(self)] = twin
+        for name in ("args", "arg_types", "arg_desc"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        return twin
 
     def __call__(self, /, **kwargs: Any) -> Any:
         """Call the function on this thread; an async one is run to its end.
@@ -110,11 +159,30 @@ class Tool(Type):
         return await self.plan(ASYNC, (), kwargs)
 
     async def plan(self, io: Io, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Call the function through a driver, told to callbacks."""
+        """Call the function through a driver, told to callbacks.
+
+        Where the call in progress has a deadline, the function is waited for no longer; a sync one
+        runs in a thread of its own then, and is told by its flag to stop.
+
+        Raises:
+            ToolError: The arguments do not fit.
+            DeadlineExceededError: The time is up.
+        """
         if args:
             raise ToolError(f"Arguments of `{self.name}` are passed by name, not by position.")
         with Observed("tool", self, dict(kwargs)) as call:
-            call.outputs = await io.any(functools.partial(self.func, **self.checked(kwargs)))
+            work = functools.partial(self.func, **self.checked(kwargs))
+            home: LoopHome | None = getattr(self.func, "home", None)
+
+            async def run(io: Io) -> Any:
+                if home is None:
+                    return await io.any(work)
+                there = Both(
+                    functools.partial(home.call, work), functools.partial(home.acall, work)
+                )
+                return await io.call(there)
+
+            call.outputs = await within_deadline(io, run, f"the tool `{self.name}` ran")
         return call.outputs
 
     def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,114 +244,6 @@ class Tool(Type):
 
     def __repr__(self) -> str:
         return f"Tool(name={self.name!r}, desc={self.desc!r}, args={self.args!r})"
-
-
-class _Read(typing.NamedTuple):
-    """What a function's own parameters say."""
-
-    args: dict[str, Any]
-    arg_types: dict[str, Any]
-    required: tuple[str, ...]
-    has_kwargs: bool
-
-
-def _read_function(
-    func: Callable[..., Any],
-    arg_types: Mapping[str, Any],
-    arg_desc: Mapping[str, str],
-    *,
-    is_told: bool,
-) -> _Read:
-    """Read the parameters of a function, of which the user may have told already."""
-    hints = _hints_of(func)
-    schemas: dict[str, Any] = {}
-    types: dict[str, Any] = {}
-    required: list[str] = []
-    try:
-        parameters = inspect.signature(func).parameters
-    except (TypeError, ValueError) as error:
-        if is_told:
-            return _Read({}, {}, (), has_kwargs=True)
-        raise ToolError(
-            f"The parameters of {func!r} cannot be read; give them as `args=` and `arg_types=`."
-        ) from error
-    for name, parameter in parameters.items():
-        if parameter.kind in _VARIADIC:
-            continue
-        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
-            raise ToolError(
-                f"The parameter `{name}` of `{_name_of(func)}` can only be passed by position, and "
-                "models name their arguments; wrap the function in one that takes it by name."
-            )
-        types[name] = arg_types.get(name, hints.get(name, Any))
-        schemas[name] = _schema_of(types[name])
-        if parameter.default is inspect.Parameter.empty:
-            required.append(name)
-        else:
-            schemas[name]["default"] = _json_default(parameter.default)
-        if name in arg_desc:
-            schemas[name]["description"] = arg_desc[name]
-    kinds = {parameter.kind for parameter in parameters.values()}
-    return _Read(schemas, types, tuple(required), inspect.Parameter.VAR_KEYWORD in kinds)
-
-
-def _hints_of(func: Callable[..., Any]) -> dict[str, Any]:
-    while isinstance(func, functools.partial):
-        func = func.func
-    holder = func if inspect.isroutine(func) or inspect.isclass(func) else type(func).__call__
-    try:
-        return typing.get_type_hints(
-            holder.__init__ if inspect.isclass(holder) else holder, include_extras=True
-        )
-    except (NameError, TypeError):  # an annotation that nothing resolves says nothing
-        return {}
-
-
-def _name_of(func: Callable[..., Any]) -> str:
-    while isinstance(func, functools.partial):
-        func = func.func
-    return str(getattr(func, "__name__", type(func).__name__))
-
-
-def _words_of(func: Callable[..., Any]) -> str:
-    while isinstance(func, functools.partial):
-        func = func.func
-    is_plain = inspect.isroutine(func) or inspect.isclass(func)
-    own = inspect.getdoc(func) or ""
-    return own if is_plain else (inspect.getdoc(type(func).__call__) or own)
-
-
-def _schema_of(annotation: Any) -> dict[str, Any]:
-    """Return the JSON schema of an argument, without references where that is possible."""
-    if annotation is Any:
-        return {}
-    try:
-        schema = json_schema(annotation)
-    except (pydantic.errors.PydanticUserError, pydantic.errors.PydanticSchemaGenerationError):
-        return {}  # of a type that JSON does not know; the function gets the value as it comes
-    definitions = schema.pop("$defs", {})
-    return typing.cast("dict[str, Any]", _inlined(schema, definitions, ()))
-
-
-def _inlined(node: Any, definitions: Mapping[str, Any], inside: tuple[str, ...]) -> Any:
-    if isinstance(node, list):
-        return [_inlined(item, definitions, inside) for item in node]
-    if not isinstance(node, dict):
-        return node
-    name = str(node.get("$ref", "")).rpartition("/")[2]
-    if name not in definitions:
-        return {key: _inlined(value, definitions, inside) for key, value in node.items()}
-    if name in inside:  # a type that holds itself; one turn of it tells the model enough
-        return {"type": "object"}
-    rest = {key: value for key, value in node.items() if key != "$ref"}
-    return {**_inlined(definitions[name], definitions, (*inside, name)), **rest}
-
-
-def _json_default(value: Any) -> Any:
-    try:
-        return to_jsonable_python(value)
-    except (TypeError, ValueError):
-        return str(value)
 
 
 class ToolCall(Type):
