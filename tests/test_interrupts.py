@@ -474,3 +474,32 @@ def test_a_batch_interrupted_in_this_thread_keeps_results_and_errors() -> None:
     assert error.results == dspy.finished_results(error) == {0: 0}
     assert str(error.errors[1]) == "one"
     assert error.untried == 0
+
+
+def test_an_interrupt_between_the_steps_of_a_wait_keeps_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python's wait does not hold its lock all the time, and Ctrl-C may come just then (B 2.6)."""
+    wait, reentrant = threading.Condition.wait, type(threading.RLock())
+    done, release, torn = threading.Event(), threading.Event(), []
+
+    def torn_wait(self: Any, timeout: float | None = None) -> bool:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and isinstance(self._lock, reentrant) and done.is_set() and not torn:
+            torn.append(self)
+            self._release_save()
+            raise KeyboardInterrupt
+        return wait(self, timeout)
+
+    def work(x: int) -> int:
+        if x:
+            done.set()
+            assert release.wait(20)
+        return x
+
+    monkeypatch.setattr(threading.Condition, "wait", torn_wait)
+    with pytest.raises(dspy.BatchInterrupted) as caught:
+        dspy.Parallel(num_threads=1)([(work, (x,)) for x in range(2)])
+    release.set()
+    assert torn
+    assert caught.value.results == {0: 0}

@@ -11,6 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from dspylite.concurrency.items import Item, invoke
 from dspylite.concurrency.run import Budget, Run
@@ -142,7 +144,7 @@ class Crew:
         is_outermost = run.outer_budget is None
         is_main = threading.current_thread() is threading.main_thread()
         while True:
-            with run.lock:
+            with _interruptible(run.lock):
                 if self._ready:
                     return True
                 active = run.active
@@ -289,6 +291,22 @@ class Crew:
         with self._run.lock:
             while len(self._ready) >= room and not self._run.is_stopped:
                 self._has_room.wait()
+
+
+@contextmanager
+def _interruptible(lock: AbstractContextManager[Any]) -> Generator[None, None, None]:
+    """Hold a lock for a block that waits by a condition of it, which Ctrl-C may end anywhere.
+
+    Between two of its steps `Condition.wait` does not hold the lock; ended there, it leaves a block
+    that gives back what it has not, and fails so in the place of the interrupt.
+    """
+    try:
+        with lock:
+            yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
 def _start_thread(work: Callable[[], None], budget: Budget | None) -> None:
