@@ -9,6 +9,7 @@ import types
 import typing
 
 from dspylite import evaluate as evaluate
+from dspylite import streaming
 from dspylite.adapters.base import Adapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
@@ -92,12 +93,16 @@ from dspylite.programs.evaluation.metrics import (
     normalize_text,
 )
 from dspylite.programs.evaluation.result import EvaluationResult
+from dspylite.programs.listening import StreamListener
 from dspylite.programs.loading import load
 from dspylite.programs.loading_settings import load_settings
 from dspylite.programs.predict import ChainOfThought, Predict
 from dspylite.programs.react import ReAct
 from dspylite.programs.react_v2 import ReActV2
 from dspylite.programs.sampling import BestOfN, Refine
+from dspylite.programs.sse import streaming_response
+from dspylite.programs.stream_events import StatusMessage, StatusMessageProvider, StreamResponse
+from dspylite.programs.streaming import streamify
 from dspylite.programs.voting import MultiChainComparison, majority
 from dspylite.retrievers import Embeddings, EmbeddingsWithScores
 from dspylite.runtime.budgets import budget
@@ -249,6 +254,10 @@ __all__ = [
     "SettingsWarning",
     "Signature",
     "SignatureError",
+    "StatusMessage",
+    "StatusMessageProvider",
+    "StreamListener",
+    "StreamResponse",
     "ThreadPoolExecutor",
     "Tool",
     "ToolCallResults",
@@ -283,6 +292,9 @@ __all__ = [
     "normalize_text",
     "propagate_to_threads",
     "settings",
+    "streamify",
+    "streaming",
+    "streaming_response",
     "syncify",
     "track_usage",
     "with_callbacks",

@@ -252,6 +252,47 @@ class Adapter(Protocol):
         ...
 
 
+class StreamEar(Protocol):
+    """Hears the answers to one question while they are written."""
+
+    async def hear(
+        self, io: Io, opened: LMResponse, adapter: Adapter, plan: AdapterPlan
+    ) -> LMResponse:
+        """Pass on what is new in each piece of an answer; return the whole answer.
+
+        Args:
+            io: The driver.
+            opened: What the model gave: an open stream, or a whole answer.
+            adapter: How it was asked.
+            plan: What it was asked.
+
+        Raises:
+            LMError: The stream broke.
+        """
+        ...
+
+    async def finish(self, io: Io, outputs: Mapping[str, Any]) -> None:
+        """Pass on what is still missing of the outputs, which have been read."""
+        ...
+
+
+@runtime_checkable
+class StreamSink(Protocol):
+    """Takes what a program says while it runs, on its way to whoever reads the stream."""
+
+    async def send(self, value: Any) -> None:
+        """Say something of one's own, when there is room for it."""
+        ...
+
+    def send_nowait(self, value: Any) -> None:
+        """Say something of one's own, without waiting."""
+        ...
+
+    def ear_for(self, predictor: object) -> StreamEar | None:
+        """Return who wants to hear the next answer of a predictor; None if nobody does."""
+        ...
+
+
 @runtime_checkable
 class Callback(Protocol):
     """Hears of calls; see `BaseCallback` for the methods. All are optional."""

@@ -39,6 +39,21 @@ def run_example(name: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 OFFLINE = {
+    "streaming": "".join(
+        f"""
+{way} (looking into the encyclopedia for 'rain')
+{way} (found 'rain: see clouds')
+{way} reasoning: 'Water falls'
+{way} reasoning: ' as rain.'
+{way} reasoning: ''
+{way} answer: 'From'
+{way} answer: ' the'
+{way} answer: ' sky.'
+{way} answer: ''
+{way} = From the sky."""
+        for way in ("sync: ", "async:")
+    )
+    + "\n",
     "react_agent": """
  river_of: Execution error in river_of: KeyError: 'Bassel'
  river_of: Rhine

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from dspylite.abc import Io, LanguageModel
 from dspylite.adapters.content import ContentBuilder
 from dspylite.adapters.native import NativeFeatures, without
+from dspylite.adapters.streaming import FieldReader
 from dspylite.adapters.turns import NOT_SAID, conversation, history_field
 from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import MAX_CHARS, describe, format_value
@@ -442,6 +443,14 @@ class Adapter:
             AdapterParseError: The answer is not one complete value for every output.
         """
         raise NotImplementedError(f"`{type(self).__name__}` must read answers in `parse`.")
+
+    def stream_reader(self, signature: type[Signature]) -> FieldReader | None:
+        """Make a reader of an answer that comes piece by piece; None, as here, if there is none.
+
+        Without one, whoever listens to an output gets it in one piece, when `parse` has read it.
+        """
+        del signature
+        return None
 
     def error(
         self, signature: type[Signature], completion: str, reason: str, parsed: object = None

@@ -13,6 +13,8 @@ from typing import Any
 
 from dspylite.abc import LanguageModel
 from dspylite.adapters.base import Adapter
+from dspylite.adapters.streaming import FieldReader
+from dspylite.adapters.streaming_json import ObjectReader
 from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import json_schemas, parse_json, to_json, validate
 from dspylite.schema.plans import AdapterPlan
@@ -115,6 +117,12 @@ class JSONAdapter(Adapter):
         if not isinstance(value, dict):
             raise self.error(signature, completion, "The answer is JSON, but not one object.")
         return self.read_fields(signature, completion, value, validate)
+
+    def stream_reader(self, signature: type[Signature]) -> FieldReader | None:
+        """Make a reader of the object; None where a subclass reads answers in a way of its own."""
+        if type(self).parse is not JSONAdapter.parse:
+            return None
+        return ObjectReader(signature.output_fields)
 
     def _find_object(self, signature: type[Signature], completion: str, reason: str) -> Any:
         spans, cut = _outermost_braces(completion)

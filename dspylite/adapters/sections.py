@@ -11,6 +11,7 @@ from typing import Any
 
 from dspylite.adapters.base import Adapter, header, section, unfence
 from dspylite.adapters.json import JSONAdapter
+from dspylite.adapters.streaming import FieldReader, SectionReader
 from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import format_value, parse_text
 from dspylite.schema.signature import Signature
@@ -145,3 +146,9 @@ class ChatAdapter(Adapter):
                 found or None,
             )
         return self.read_fields(signature, completion, found, parse_text)
+
+    def stream_reader(self, signature: type[Signature]) -> FieldReader | None:
+        """Make a reader of sections; None where a subclass reads answers in a way of its own."""
+        if type(self).parse is not ChatAdapter.parse:
+            return None
+        return SectionReader(signature.output_fields, END)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dspylite.adapters.elements import read_elements
 from dspylite.adapters.sections import ChatAdapter
+from dspylite.adapters.streaming import ElementReader, FieldReader
 from dspylite.adapters.values import format_value, parse_text
 from dspylite.schema.signature import Field, Signature
 
@@ -100,6 +101,12 @@ class XMLAdapter(ChatAdapter):
             reason = f"`{name}` is not closed: the answer was cut."
             raise self.error(signature, completion, reason, found or None)
         return self.read_fields(signature, completion, found, _read_value)
+
+    def stream_reader(self, signature: type[Signature]) -> FieldReader | None:
+        """Make a reader of elements; None where a subclass reads answers in a way of its own."""
+        if type(self).parse is not XMLAdapter.parse:
+            return None
+        return ElementReader(signature.output_fields, signature.fields)
 
     def _unescape(self, signature: type[Signature], text: str) -> str:
         return _escaped_tags(signature).sub(r"<\1\2\3>", text) if "<\\" in text else text

@@ -18,6 +18,8 @@ _THOUGHTS = re.compile(
     r"<(?P<tag>think|thinking)>(?P<thoughts>.*?)</(?P=tag)>(?P<text>.*)", re.DOTALL
 )
 
+_TAGS = ("<think>", "<thinking>")
+
 
 def read_chat_response(answer: Any, *, model: str) -> LMResponse:
     """Read an OpenAI-shaped chat completion, object or dict.
@@ -91,6 +93,54 @@ def split_thoughts(text: str) -> tuple[str | None, str]:
     """
     found = _THOUGHTS.match(text)
     return (None, text) if found is None else (found["thoughts"], found["text"])
+
+
+class ThoughtsFilter:
+    """Leaves out of an answer that comes piece by piece what `split_thoughts` parts from it.
+
+    Example:
+        >>> answer = ThoughtsFilter()
+        >>> [answer.feed(piece) for piece in ("<thi", "nk>hm</th", "ink>4", "2")]
+        ['', '', '4', '2']
+    """
+
+    def __init__(self) -> None:
+        self._head = ""
+        self._end_tag = ""
+        self._held: list[str] = []
+        self._window = ""
+        self._is_through = False
+
+    def feed(self, text: str) -> str:
+        """Take the next piece and return what of the answer is new."""
+        if self._is_through:
+            return text
+        if not self._end_tag:
+            self._head += text
+            if any(len(self._head) < len(tag) and tag.startswith(self._head) for tag in _TAGS):
+                return ""
+            tag = next((tag for tag in _TAGS if self._head.startswith(tag)), None)
+            if tag is None:
+                self._is_through = True
+                return self._head
+            self._end_tag = f"</{tag[1:]}"
+            self._held.append(tag)
+            text = self._head[len(tag) :]
+        self._held.append(text)
+        self._window += text
+        stop = self._window.find(self._end_tag)
+        if stop >= 0:
+            self._is_through = True
+            return self._window[stop + len(self._end_tag) :]
+        self._window = self._window[1 - len(self._end_tag) :]
+        return ""
+
+    def finish(self) -> str:
+        """Return what was held back, when nothing more comes: thoughts without an end are none."""
+        if self._is_through:
+            return ""
+        self._is_through = True
+        return "".join(self._held) or self._head
 
 
 def read_responses_answer(answer: Any, *, model: str) -> LMResponse:

@@ -44,9 +44,7 @@ class LMStream:
     """
 
     def __init__(self, response: LMResponse) -> None:
-        if response.stream is None and not response.outputs:
-            raise LMUnexpectedError("A policy around the call has lost its stream.")
-        self._source: DeltaSource = response.stream or _WholeAnswer(response)
+        self._source = source_of(response)
         self._is_over = False
         self.item_index: int | None = get_item_index()
 
@@ -118,6 +116,13 @@ class LMStream:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def source_of(response: LMResponse) -> DeltaSource:
+    """Return the stream of a response; of one that has its outputs already, they are the pieces."""
+    if response.stream is None and not response.outputs:
+        raise LMUnexpectedError("A policy around the call has lost its stream.")
+    return response.stream or _WholeAnswer(response)
 
 
 class _WholeAnswer:

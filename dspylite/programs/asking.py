@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dspylite.abc import Adapter, Io, LanguageModel
+from dspylite.abc import Adapter, Io, LanguageModel, StreamEar
 from dspylite.adapters.base import repair_turn
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.errors import AdapterParseError, TruncatedError
@@ -39,6 +39,7 @@ class Question:
     params: Mapping[str, Any]
     parse_retries: int
     deadline_s: float | None
+    ear: StreamEar | None = None  # hears the answers while they are written
 
 
 async def ask(io: Io, question: Question) -> Prediction:
@@ -79,6 +80,8 @@ async def _asked(io: Io, adapter: Adapter, question: Question) -> Prediction:
             rows = await _Asking(io, adapter.fallback, question, responses).rows()
         except AdapterParseError as second:
             raise second from error
+    if question.ear is not None:
+        await question.ear.finish(io, rows[0])
     prediction = Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
     usage: dict[str, Usage] = {}
     for response in responses:
@@ -119,7 +122,7 @@ class _Asking:
             messages = adapter.format(plan.written, question.demos, question.inputs)
             call.outputs = messages
         params = plan.params
-        response = await self._send(messages, params)
+        response = await self._send(messages, params, question.ear)
         rows: list[dict[str, Any]] = []
         unreadable: dict[int, AdapterParseError] = {}
         try:
@@ -135,11 +138,19 @@ class _Asking:
         response.judge(is_readable=not unreadable)
         for index, problem in unreadable.items():
             output = response.outputs[index]
-            rows[index] = await self._repaired(messages, params, output, problem)
+            ear = None if index else question.ear
+            rows[index] = await self._repaired(messages, params, output, problem, ear)
         return rows
 
-    async def _send(self, messages: Sequence[Message], params: Mapping[str, Any]) -> LMResponse:
-        response = await self._question.lm.plan(self._io, messages, params)
+    async def _send(
+        self, messages: Sequence[Message], params: Mapping[str, Any], ear: StreamEar | None
+    ) -> LMResponse:
+        lm, io = self._question.lm, self._io
+        if ear is None:
+            response = await lm.plan(io, messages, params)
+        else:
+            opened = await lm.plan(io, messages, params, stream=True)
+            response = await ear.hear(io, opened, self._adapter, self._plan)
         self._responses.append(response)
         return response
 
@@ -149,6 +160,7 @@ class _Asking:
         params: Mapping[str, Any],
         output: LMOutput,
         error: AdapterParseError,
+        ear: StreamEar | None,
     ) -> dict[str, Any]:
         """Tell the model what is wrong with its answer, as often as it may be; read the next one.
 
@@ -160,7 +172,7 @@ class _Asking:
                 break
             logger.debug("%s; telling the model", error.message)
             messages = [*messages, *repair_turn(output.text, error)]
-            response = await self._send(messages, {**params, "n": None})
+            response = await self._send(messages, {**params, "n": None}, ear)
             output = response.outputs[0]
             is_readable = False
             try:

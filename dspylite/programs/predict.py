@@ -208,6 +208,7 @@ class Predict(Typed[P, S]):
             temperature = params.get("temperature", lm.default_temperature)
             if temperature is None or temperature <= 0.15:
                 params["temperature"] = _SAMPLING_TEMPERATURE
+        sink = settings.send_stream
         return Question(
             signature=signature,
             demos=_usable_demos(overrides.get("demos", self.demos)),
@@ -216,6 +217,7 @@ class Predict(Typed[P, S]):
             params=params,
             parse_retries=settings.parse_retries if parse_retries is None else parse_retries,
             deadline_s=check_deadline("deadline_s", overrides.get("deadline_s")),
+            ear=None if sink is None else sink.ear_for(self),
         )
 
     def __repr__(self) -> str:

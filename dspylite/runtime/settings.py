@@ -16,7 +16,7 @@ from inspect import iscoroutinefunction
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack, overload
 
-from dspylite.abc import Adapter, LanguageModel
+from dspylite.abc import Adapter, LanguageModel, StreamSink
 from dspylite.errors import SavingError, SettingsError, nearest
 from dspylite.runtime.frames import CURRENT_CALL, ITEM_INDEX, CallFrame
 from dspylite.runtime.listeners import tell
@@ -44,6 +44,7 @@ class SettingsChanges(TypedDict, total=False):
     track_usage: bool
     usage_tracker: Any
     budget: Any
+    send_stream: StreamSink | None
     cache_namespace: str | None
     parse_retries: int
     deadline_s: float | None
@@ -217,6 +218,9 @@ class Settings:
         track_usage: Whether a module's prediction carries the tokens of all calls below it.
         usage_tracker: The tracker of the innermost `track_usage()`.
         budget: The budget of the innermost `budget()`.
+        send_stream: Takes what a program says while it runs; inside of `streamify` only. A program
+            may say something of its own: `await settings.send_stream.send(value)`, or
+            `send_nowait(value)`. None in a block keeps its predictors from being streamed.
         cache_namespace: Calls of one namespace share cached answers, and with those of others
             nothing. None: calls with an `api_key` of their own share with that key's calls, all
             others with each other.
@@ -251,6 +255,7 @@ class Settings:
     track_usage = Key[bool](False, _flag)
     usage_tracker = Key[Any](None, _anything)
     budget = Key[Any](None, _anything)
+    send_stream = Key[StreamSink | None](None, _component(StreamSink, "the stream of `streamify`"))
     cache_namespace = Key[str | None](None, _optional_text)
     parse_retries = Key[int](0, _at_least(0))
     deadline_s = Key[float | None](None, check_deadline)
@@ -418,8 +423,8 @@ def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
 class Snapshot:
     """All settings of one moment, whole, and the call in progress then.
 
-    What belongs to the process that took it (`trace`, `usage_tracker`, `budget`) does not travel in
-    a pickle.
+    What belongs to the process that took it (`trace`, `usage_tracker`, `budget`, `send_stream`)
+    does not travel in a pickle.
 
     Attributes:
         values: Every key with its value.
@@ -435,7 +440,7 @@ class Snapshot:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what only its own process can use."""
-        stays = {"trace", "usage_tracker", "budget"}
+        stays = {"trace", "usage_tracker", "budget", "send_stream"}
         return {
             "values": {name: value for name, value in self.values.items() if name not in stays},
             "frame": self.frame,

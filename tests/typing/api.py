@@ -8,7 +8,16 @@ A line that must be an error says so twice, once for each checker; when the erro
 import dataclasses
 import threading
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TextIO, assert_type
@@ -682,3 +691,28 @@ def types_of_fields(document: dspy.Document, cited: dspy.Citations, why: dspy.Re
         dspy.Image.from_url("https://h/a")
     except dspy.MediaFetchError as error:
         assert_type(error.status, int | None)
+
+
+# --- Streams -------------------------------------------------------------------------------------
+
+
+async def answer_later() -> str:
+    return "later"
+
+
+async def streamed(predict: Any) -> None:
+    listeners = [dspy.StreamListener("answer", allow_reuse=True)]
+    assert_type(
+        dspy.streamify(answer_later, stream_listeners=listeners)(), AsyncGenerator[Any, None]
+    )
+    read = dspy.streamify(dspy.Predict(QA), async_streaming=False)
+    assert_type(read(question="?"), Generator[Any, None, None])
+    read(questoin="?")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    events = dspy.streaming_response(dspy.streamify(predict)(question="?"))
+    assert_type(events, AsyncGenerator[str, None])
+    assert_type(dspy.streaming_response(read(question="?")), Generator[str, None, None])
+    piece = dspy.streaming.StreamResponse("p", "f", "c", is_last_chunk=True)
+    assert_type(piece.item_index, int | None)
+    with dspy.context(send_stream=None):
+        if dspy.settings.send_stream is not None:
+            await dspy.settings.send_stream.send(1)

@@ -12,6 +12,7 @@ from typing import Any, Self
 import pydantic
 
 from dspylite.abc import LanguageModel
+from dspylite.schema.messages import LMDelta
 from dspylite.schema.signature import Signature
 
 
@@ -106,6 +107,16 @@ class Type(pydantic.BaseModel):
                 `"citations"`, as far as it has them.
         """
         del response
+
+    @classmethod
+    def parse_stream_chunk(cls, chunk: LMDelta) -> str | None:
+        """Read what a piece of a streamed answer adds to an output left to a feature of the model.
+
+        Returns:
+            Text for whoever listens to the output; None, as here, if the piece has none.
+        """
+        del chunk
+        return None
 
     @pydantic.model_serializer(mode="wrap")
     def _serialize(self, handler: Callable[[Any], Any], info: pydantic.SerializationInfo) -> Any:

@@ -21,6 +21,7 @@ from dspylite.abc import LanguageModel
 from dspylite.adapters.types.base import Type
 from dspylite.errors import SignatureError
 from dspylite.schema.grammar import register_type
+from dspylite.schema.messages import LMDelta
 from dspylite.schema.signature import Signature
 
 
@@ -234,6 +235,11 @@ class Reasoning(_Text):
         """Take what the model reasoned."""
         content = response.get("reasoning_content")
         return cls(content=content) if isinstance(content, str) else None
+
+    @classmethod
+    def parse_stream_chunk(cls, chunk: LMDelta) -> str | None:
+        """Take what the model reasons while it does."""
+        return chunk.reasoning or None
 
     def __repr__(self) -> str:
         return repr(self.content)

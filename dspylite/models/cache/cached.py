@@ -243,6 +243,7 @@ class _Asked:
         try:
             if key is not None and self.response is not None and _is_whole(self.response):
                 self.cache.write(key, self.response)
+                self.key = key
         except (TypeError, ValueError, RecursionError):
             logger.debug("an answer of %s has no form in JSON", self.request.model)
         finally:
@@ -265,16 +266,28 @@ class _Asked:
 
 
 class _KeptStream(WatchedStream):
-    """A stream whose answer is kept when it has come to its proper end."""
+    """A stream whose answer is kept when it has come to its proper end.
+
+    A reader that cannot make sense of it may still reject it.
+    """
 
     def __init__(self, source: DeltaSource, asked: _Asked) -> None:
         super().__init__(source)
         self._asked = asked
 
+    @property
+    def response(self) -> LMResponse:
+        """All pieces so far as one answer; after the end, to be judged."""
+        response = super().response
+        if self._asked.response is None or response.verdict is not None:
+            return response
+        return replace(response, verdict=_Kept(self._asked.cache, self._asked.key))
+
     def ended(self) -> None:
         response = self.response
         if not response.answered_by:  # a fallback keeps its answers itself
-            self._asked.response = own_copy(replace(response, attempts=(), stream=None))
+            whole = replace(response, attempts=(), stream=None, verdict=None)
+            self._asked.response = own_copy(whole)
             self._asked.accept()
 
 
