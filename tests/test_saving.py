@@ -579,7 +579,8 @@ class App(dspy.Module):
         made.append(self)
         self.k = k
         self.names = ("a", [1.5, None], {"b": True})
-        self.example = dspy.Example(x=1)
+        self.example = dspy.Example(x=1, y=(2, {"z": 3}), dspy_uuid="u").with_inputs("x")
+        self.unsure = dspy.Example(x=self.example)
         self.ask = dspy.ChainOfThought(Ask)
         self.plain = dspy.Predict(Ask, temperature=0.2)
         text = "who: Person, k: int = 3 -> days: list[datetime.date] | None"
@@ -610,12 +611,17 @@ def test_whole_program_is_made_without_its_constructor(app: Any, tmp_path: Path)
     program.plain.demos = [dspy.Example(who=app.Person(name="Ada"), answer=3)]
     program.save(tmp_path / "program", save_program=True)
     assert sorted(each.name for each in (tmp_path / "program").iterdir()) == ["program.json"]
-    loaded = dspy.load(tmp_path / "program", trust=["saved_app"], allow_unsafe_lm_state=True)
+    where = tmp_path / "program"
+    loaded: Any = dspy.load(where, trust=["saved_app"], allow_unsafe_lm_state=True)
     assert type(loaded) is app.App
     assert app.made == [program]
     assert loaded.k == 5
     assert loaded.names == program.names
     assert loaded.example == program.example
+    assert loaded.example.inputs().keys() == ["x"]
+    assert loaded.unsure == program.unsure
+    with pytest.raises(ValueError, match="with_inputs"):
+        loaded.unsure.inputs()
     assert loaded.signature is app.Ask
     assert loaded.again == [loaded.plain, loaded]
     assert loaded.plain.config == {"temperature": 0.2}
@@ -663,6 +669,7 @@ class Outside(dspy.Module):
         ([{"a": Thing()}], "`value[0]['a']`"),
         ({1: 2}, "texts as keys"),
         (datetime.date(2024, 1, 1), "`value`"),
+        (dspy.Example(on=datetime.date(2024, 1, 1)), "`value['on']`"),
         (float("nan"), "`value` is nan"),
         (holding_itself(), "holds itself"),
     ],

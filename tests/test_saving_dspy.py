@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 
 import dspylite as dspy
@@ -125,6 +126,69 @@ def test_what_a_later_dspy_adds_is_named(caplog: pytest.LogCaptureFixture) -> No
     assert "config, fields, forward" in caplog.text
     assert program.config == {}
     assert not isinstance(vars(program).get("forward"), str)
+
+
+class Painting(pydantic.BaseModel):
+    title: str
+    picture: dspy.Image
+
+
+def _marked(part: dict[str, Any]) -> str:
+    """Write a medium as DSPy 3.4.1 does in a demo."""
+    inside = json.dumps([part])
+    return f"<<CUSTOM-TYPE-START-IDENTIFIER>>{inside}<<CUSTOM-TYPE-END-IDENTIFIER>>"
+
+
+CAT = _marked({"type": "image_url", "image_url": {"url": "https://x.example/cat.png"}})
+CAT_IMAGE = dspy.Image("https://x.example/cat.png")
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "value"),
+    [
+        (dspy.Image, CAT, CAT_IMAGE),
+        (list[dspy.Image], [CAT, CAT], [CAT_IMAGE, CAT_IMAGE]),
+        (dspy.Image | None, CAT, CAT_IMAGE),
+        (Painting, {"title": "Cat", "picture": CAT}, Painting(title="Cat", picture=CAT_IMAGE)),
+        (
+            dspy.Audio,
+            _marked({"type": "input_audio", "input_audio": {"data": "YQ==", "format": "wav"}}),
+            dspy.Audio(data="YQ==", audio_format="wav"),
+        ),
+        (
+            dspy.File,
+            _marked({"type": "file", "file": {"file_id": "f-1", "filename": "a.txt"}}),
+            dspy.File(file_id="f-1", filename="a.txt"),
+        ),
+    ],
+)
+def test_media_in_the_demos_of_dspy_are_media_again(kind: Any, saved: Any, value: Any) -> None:
+    """DSPy saves them as the text from which its adapters make parts of a message."""
+    fields = {"seen": (kind, dspy.InputField()), "answer": dspy.OutputField()}
+    program = dspy.Predict(dspy.make_signature(fields))
+    state = {**program.dump_state(), "demos": [{"seen": saved, "answer": "x"}]}
+    program.load_state(state)
+    assert program.demos == [{"seen": value, "answer": "x"}]
+    again: Any = dspy.Predict(program.signature)
+    again.load_state(program.dump_state())
+    assert again.demos == program.demos
+
+
+@pytest.mark.parametrize("inside", ["", "[", "[]", "{}", "[1]", '[{"type": 1}]', '[{"type": "a"}]'])
+def test_damaged_media_of_dspy_stay_text(inside: str) -> None:
+    text = f"<<CUSTOM-TYPE-START-IDENTIFIER>>{inside}<<CUSTOM-TYPE-END-IDENTIFIER>>"
+    program = dspy.Predict("seen: dspy.Image -> a")
+    program.load_state({**program.dump_state(), "demos": [{"seen": text, "a": "x"}]})
+    assert program.demos == [{"seen": text, "a": "x"}]
+
+
+def test_media_of_dspy_that_do_not_fit_their_field_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    program = dspy.Predict("heard: dspy.Audio -> a")
+    program.load_state({**program.dump_state(), "demos": [{"heard": CAT, "a": "x"}]})
+    assert program.demos == [{"heard": CAT, "a": "x"}]
+    assert "`heard` is no Audio" in caplog.text
 
 
 def test_our_metadata_names_no_version_that_dspy_does_not_know(tmp_path: Path) -> None:

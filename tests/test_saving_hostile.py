@@ -9,6 +9,7 @@ import json
 import logging
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 import dspylite as dspy
 from dspylite.models.states import CLASS_KEY
-from dspylite.testing import FakeServer
+from dspylite.testing import FakeLM, FakeServer
 
 SECRET = "sk-planted-secret-0123456789"
 
@@ -220,6 +221,9 @@ CODE = {**SIGNATURE["fields"][0], "type": "str, __import__('os').x"}
         {"module": "dspylite.programs.predict:Predict", "attributes": {"signature": 3}},
         {"attributes": {"x": {"tuple": 3}}},
         {"attributes": {"x": {"lm": 3}}},
+        {"attributes": {"x": {"example": 3, "inputs": None}}},
+        {"attributes": {"x": {"example": {"dict": {}}, "inputs": 3}}},
+        {"attributes": {"x": {"example": {"dict": {}}, "inputs": [3]}}},
         {"attributes": {"x": {"eval": "1"}}},
         {"attributes": {"x": {"signature": {**SIGNATURE, "types": {"Evil": "os:system"}}}}},
         {"attributes": {"x": {"signature": {"class": "dspylite.programs.base:Module"}}}},
@@ -306,6 +310,38 @@ def test_a_loaded_program_asks_the_usual_endpoint(monkeypatch: pytest.MonkeyPatc
         assert (len(usual.requests), len(evil.requests)) == (1, 0)
 
 
+def test_a_loaded_whole_program_asks_the_usual_endpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The parameters of a predictor go with the caller's key: as those of an LM (B 7.8)."""
+    reply = "[[ ## answer ## ]]\nhere\n\n[[ ## completed ## ]]"
+    with FakeServer(answer=reply) as usual, FakeServer(answer=reply) as evil:
+        program = simple()
+        program.config = {"temperature": 0.5, "parse_retries": 0, "api_base": evil.base_url}
+        program.save(tmp_path / "program", save_program=True)
+        with caplog.at_level(logging.WARNING):
+            loaded = dspy.load(tmp_path / "program")
+        assert loaded.config == {"temperature": 0.5, "parse_retries": 0}  # type: ignore[attr-defined]
+        assert "api_base" in caplog.text
+        lm = dspy.LM("openai/m", api_key=SECRET, api_base=usual.base_url)
+        with dspy.context(lm=lm):
+            assert loaded(question="where?").answer == "here"
+        assert (len(usual.requests), len(evil.requests)) == (1, 0)
+    trusted = dspy.load(tmp_path / "program", allow_unsafe_lm_state=True)
+    assert trusted.config == program.config  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"), [([1], "`config`"), ({"model": "huggingface/http://evil"}, "endpoint")]
+)
+def test_a_planted_config_is_a_clear_error(config: Any, told: str, tmp_path: Path) -> None:
+    program = simple()
+    program.config = config
+    program.save(tmp_path / "program", save_program=True)
+    with pytest.raises(dspy.SavingError, match=told):
+        dspy.load(tmp_path / "program")
+
+
 # --- Secrets -----------------------------------------------------------------------------------
 
 HOLDING_SECRETS: dict[str, Any] = {
@@ -320,6 +356,13 @@ HOLDING_SECRETS: dict[str, Any] = {
     "vertex_credentials": SECRET,
     "user": f"http://me:{SECRET}@x.example",
     "stop": [f"http://me:{SECRET}@x.example"],
+    **{
+        name: {"nested": {name: SECRET, "kept": 1}}
+        for name in (
+            "auth apiKey api_keys private_key privateKey passphrase passwd bearer jwt cookie "
+            "cookies credential aws_bearer_token_bedrock access_tokens"
+        ).split()
+    },
 }
 
 
@@ -338,6 +381,69 @@ def test_no_file_holds_a_secret(name: str, tmp_path: Path) -> None:
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 3
     assert [path.name for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+class Holder(dspy.Module):
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+
+Holder.__module__ = "holder_of_secrets"
+
+
+def holder_module() -> types.ModuleType:
+    module = types.ModuleType(Holder.__module__)
+    vars(module)["Holder"] = Holder
+    return module
+
+
+@pytest.mark.parametrize("name", HOLDING_SECRETS)
+def test_no_whole_program_holds_a_secret(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the config of a predictor, and in the attributes of modules at any depth (B 7.4)."""
+    monkeypatch.setitem(sys.modules, Holder.__module__, holder_module())
+    value = HOLDING_SECRETS[name]
+    asking = dspy.Predict("question -> answer", temperature=0.5, **{name: value})
+    program = Holder(ask=asking, deep=[{"more": ({name: value},)}], k=1, **{name: value})
+    with caplog.at_level(logging.WARNING):
+        program.save(tmp_path / "program", save_program=True)
+    text = (tmp_path / "program" / "program.json").read_text()
+    assert SECRET not in text
+    assert SECRET not in caplog.text
+    for place in (f"ask.config.{name}", f"deep[0]['more'][0]['{name}']", f", {name}"):
+        assert place in caplog.text
+    loaded: Any = dspy.load(tmp_path / "program", trust=True, allow_unsafe_lm_state=True)
+    assert loaded.k == 1
+    assert loaded.ask.config["temperature"] == 0.5
+
+
+def test_what_only_has_the_name_of_a_secret_stays_in_a_whole_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, Holder.__module__, holder_module())
+    named = {"sort_key": "name", "end_token": "<|end|>", "headers": ["Title", "Author"]}
+    holder = Holder(token=simple(), auth=[simple()], key=3, secret=None, max_tokens="9", **named)
+    holder.save(tmp_path / "program", save_program=True)
+    loaded: Any = dspy.load(tmp_path / "program", trust=True)
+    assert [path for path, _ in loaded.named_predictors()] == ["token", "auth[0]"]
+    assert {name: getattr(loaded, name) for name in named} == named
+    assert (loaded.key, loaded.secret, loaded.max_tokens) == (3, None, "9")
+
+
+def test_a_program_of_ours_keeps_an_attribute_that_is_named_like_a_key(tmp_path: Path) -> None:
+    compare = dspy.MultiChainComparison("question -> answer", M=1)
+    compare.save(tmp_path / "program", save_program=True)
+    loaded = dspy.load(tmp_path / "program")
+    with dspy.context(lm=FakeLM([{"rationale": "r", "answer": "b"}])):
+        assert loaded([{"answer": "a"}], question="?").answer == "b"
+
+
+def test_the_password_in_a_models_name_is_not_saved(caplog: pytest.LogCaptureFixture) -> None:
+    lm = dspy.LM(f"huggingface/https://me:{SECRET}@models.example/x")
+    assert lm.dump_state()["model"] == "huggingface/https://models.example/x"
+    assert SECRET not in caplog.text
+    assert "model" in caplog.text
 
 
 def test_a_secret_that_is_repeated_elsewhere_is_left_out_there(tmp_path: Path) -> None:

@@ -623,3 +623,21 @@ def test_repr_shows_fields_and_types() -> None:
     found = make_signature("q -> level: Level | None", custom_types={"Level": Level})
     assert repr(found) == "StringSignature(q: str -> level: Level | None)"
     assert repr(dspylite.Predict(found)) == f"Predict({found!r})"
+
+
+@pytest.mark.parametrize("instructions", [["Be kind."], 5, b"Be kind."])
+def test_instructions_that_are_no_text_are_a_clear_error(instructions: Any) -> None:
+    fields: dict[str, Any] = {"q": InputField(), "a": OutputField()}
+    for make in (
+        lambda: make_signature("q -> a", instructions),
+        lambda: make_signature(fields, instructions),
+        lambda: make_signature("q -> a").with_instructions(instructions),
+    ):
+        with pytest.raises(SignatureError, match="`instructions` of a signature must be"):
+            make()
+
+
+def test_custom_types_that_are_no_dict_are_a_clear_error() -> None:
+    wrong: Any = ["Foo"]
+    with pytest.raises(SignatureError, match="`custom_types` is a dict"):
+        make_signature("q -> a: Foo", custom_types=wrong)

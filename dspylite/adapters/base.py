@@ -156,7 +156,7 @@ class Adapter:
         cls = type(self)
         names: Sequence[str] | None = vars(cls).get("saved_parameters")  # not those of a base
         if names is None:
-            raise SavingError(f"`{cls.__name__}` is an adapter of your own, which no file can hold")
+            raise SavingError(f"`{cls.__name__}` is no adapter that a file can hold")
         if self.callbacks:
             raise SavingError(f"the `{cls.__name__}` has callbacks, which no file can hold")
         if self.native.response_types is not None:

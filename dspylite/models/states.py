@@ -10,7 +10,7 @@ import builtins
 import inspect
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import dspylite.errors as error_tree
@@ -20,7 +20,7 @@ from dspylite.models.knowledge import Price
 from dspylite.models.policies import POLICY_NAMES, Policies
 from dspylite.runtime.imports import class_at
 from dspylite.schema.plain import plain
-from dspylite.schema.secrets import saved_params
+from dspylite.schema.secrets import saved_params, saved_url
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +76,19 @@ def dump_lm(lm: Any, kwargs: Mapping[str, Any], policies: Policies, price: Price
     named = next((path for path, known in BUILT_IN.items() if known is cls), None)
     state: dict[str, Any] = {
         CLASS_KEY: named or f"{cls.__module__}.{cls.__qualname__}",
-        "model": lm.model,
+        "model": saved_url(lm.model),
         "model_type": lm.model_type,
         "cache": lm.cache,
     }
     kept, left_out = saved_params(kwargs)
     state.update({name: plain(value, f"LM({name}=)") for name, value in kept.items()})
+    if state["model"] != lm.model:
+        left_out.append("model (a part)")
     if told := [name for name in left_out if name != "api_key"]:
         logger.warning(
             "not saved, because secrets may be in it: %s of %r; give it again after loading",
             ", ".join(told),
-            lm.model,
+            state["model"],
         )
     state.update(_policies_as_data(policies))
     if price is not None:
@@ -221,22 +223,7 @@ def _params(root: type[Any], state: dict[str, Any], *, trusted: bool) -> dict[st
     if not isinstance(model, str):
         raise SavingError(f"The state of an LM must name its `model`, not {model!r:.200}.")
     if not trusted:
-        if "://" in model:
-            raise SavingError(
-                f"The state names an endpoint as its model, {model!r:.200}. If you trust whoever "
-                "wrote it, load it with `allow_unsafe_lm_state=True`."
-            )
-        refused = [name for name in params if not _is_harmless(name, params[name])]
-        for name in refused:
-            del params[name]
-        if refused:
-            logger.warning(
-                "not taken from the saved state of the LM %r: %s. An endpoint could be in it, to "
-                "which your prompts would go; set it by hand, or, if you trust whoever wrote the "
-                "state, load it with `allow_unsafe_lm_state=True`.",
-                model,
-                ", ".join(sorted(refused)),
-            )
+        params = harmless_params(params, f"the LM {model!r}")
     if (fallbacks := params.get("fallbacks")) is not None:
         if not isinstance(fallbacks, list):
             raise SavingError(f"`fallbacks` must be a list of states, not {fallbacks!r:.200}.")
@@ -249,6 +236,41 @@ def _params(root: type[Any], state: dict[str, Any], *, trusted: bool) -> dict[st
         except (DSPyError, TypeError) as error:
             raise SavingError(f"The saved `circuit_breaker` cannot be made: {error}") from error
     return params
+
+
+def harmless_params(
+    params: Mapping[str, Any], where: str, also: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the request parameters in a file that are taken though nobody vouches for it.
+
+    Which are not is logged: an endpoint could be in them.
+
+    Args:
+        params: All that the file says.
+        where: Whose they are, for the log.
+        also: Names that are harmless here, beside those that are everywhere.
+
+    Raises:
+        SavingError: The model is named by an address.
+    """
+    model = params.get("model")
+    if isinstance(model, str) and "://" in model:
+        raise SavingError(
+            f"The state names an endpoint as its model, {model!r:.200}. If you trust whoever "
+            "wrote it, load it with `allow_unsafe_lm_state=True`."
+        )
+    kept = {
+        name: value for name, value in params.items() if name in also or _is_harmless(name, value)
+    }
+    if refused := sorted(params.keys() - kept.keys()):
+        logger.warning(
+            "not taken from the saved state of %s: %s. An endpoint could be in it, to which your "
+            "prompts would go; set it by hand, or, if you trust whoever wrote the state, load it "
+            "with `allow_unsafe_lm_state=True`.",
+            where,
+            ", ".join(refused),
+        )
+    return kept
 
 
 def _is_harmless(name: str, value: Any) -> bool:

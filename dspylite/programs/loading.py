@@ -13,6 +13,7 @@ from typing import Any
 
 from dspylite.errors import DSPyError, SavingError
 from dspylite.models.base import BaseLM
+from dspylite.models.states import harmless_params
 from dspylite.programs.base import Module
 from dspylite.programs.saving import check_metadata, read_json
 from dspylite.programs.whole import FORMAT, PROGRAM_FILE, read_type
@@ -23,6 +24,8 @@ from dspylite.schema.signature import InputField, OutputField, Signature, make_s
 Trust = bool | Sequence[str | type]
 
 _OURS = "dspylite"
+_CONFIG_ONLY = frozenset({"parse_retries"})
+"""What a predictor's `config` holds beside request parameters."""
 _RECORDS: Mapping[str, type[Example]] = {"example": Example, "prediction": Prediction}
 
 
@@ -44,8 +47,8 @@ def load(
         trust: Which classes may be imported, which runs the modules they are in: a list of modules
             (`"my_app"`, which includes `"my_app.programs"`), of paths (`"my_app.programs:Answer"`)
             and of classes; or True for whatever the directory names.
-        allow_unsafe_lm_state: Whether an LM in it may name the endpoint, to which prompts then go,
-            and a class of its own.
+        allow_unsafe_lm_state: Whether an LM in it, or the `config` of a predictor, may name the
+            endpoint, to which prompts then go, and an LM a class of its own.
 
     Raises:
         FileNotFoundError: There is no such directory.
@@ -169,6 +172,7 @@ class _Reader:
         for name, value in attributes.items():
             vars(made)[name] = self._value(value)
         if cls.kind == "predictor":
+            self._check_config(vars(made), path)
             reset: Any = getattr(made, "reset", None)
             if callable(reset):
                 reset()
@@ -177,6 +181,14 @@ class _Reader:
                 allow_unsafe_lm_state=self._trusted_lms,
             )
         return made
+
+    def _check_config(self, attributes: dict[str, Any], path: str) -> None:
+        """Take of a predictor's request parameters what an LM's may be taken from such a file."""
+        if self._trusted_lms or "config" not in attributes:
+            return
+        config = _checked(attributes["config"], dict, f"`config` of `{path}`")
+        where = f"the `config` of a `{path}`"
+        attributes["config"] = harmless_params(config, where, also=_CONFIG_ONLY)
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, list):
@@ -194,8 +206,9 @@ class _Reader:
                 return BaseLM.load_state(state, allow_custom_lm_class=self._trusted_lms)
             case [("signature", data)]:
                 return _signature(_checked(data, dict, "A signature"))
-            case [(("example" | "prediction") as kind, dict(values))]:
-                return _RECORDS[kind](values)
+            case [(("example" | "prediction") as kind, values), ("inputs", inputs)]:
+                record = _RECORDS[kind](_checked(self._value(values), dict, f"A `{kind}`"))
+                return record if inputs is None else record.with_inputs(*_names(inputs))
             case _:
                 raise SavingError(f"An attribute has an unknown form: {value!r:.200}.")
 
@@ -235,6 +248,10 @@ def _field(data: dict[str, Any], types: Mapping[str, type]) -> tuple[str, Any]:
         return name, (annotation, OutputField(**words))
     default = {"default": data["default"]} if "default" in data else {}
     return name, (annotation, InputField(**default, **words))
+
+
+def _names(value: Any) -> list[str]:
+    return [_checked(each, str, "An input") for each in _checked(value, list, "The inputs")]
 
 
 def _checked(value: Any, wanted: Any, what: str) -> Any:

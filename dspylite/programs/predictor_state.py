@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dspylite.adapters.values import type_adapter
+from dspylite.adapters.values import load_json, type_adapter
 from dspylite.errors import SavingError
 from dspylite.models.base import BaseLM
 from dspylite.models.states import HasState
@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 _RECORDS = ("traces", "train", "demos")
 _KNOWN = frozenset({*_RECORDS, "signature", "lm"})
+_MARKS = ("<<CUSTOM-TYPE-START-IDENTIFIER>>", "<<CUSTOM-TYPE-END-IDENTIFIER>>")
+"""Between them stand an image, audio or a file in a state of DSPy, as parts of a message."""
+_OURS = {"format": "audio_format"}
+"""Names in such parts, and those of our fields, where they differ."""
 
 
 class Loaded(NamedTuple):
@@ -120,8 +124,42 @@ def _typed(field: Field, value: Any) -> Any:
     """
     if field.annotation is str or value is None:
         return value
+    data = _without_marks(value)
+    if data is not value:
+        return _of_parts(field, value, data)
     try:
         made = type_adapter(field.annotation, ()).validate_python(value)
         return made if json.dumps(plain(made, field.name)) == json.dumps(value) else value
     except Exception:  # noqa: BLE001  # whatever a validator raises: then it stays plain data
         return value
+
+
+def _of_parts(field: Field, value: Any, data: Any) -> Any:
+    """Make a field's type of what DSPy saved as parts of a message."""
+    try:
+        return type_adapter(field.annotation, ()).validate_python(data)
+    except Exception:  # noqa: BLE001  # whatever a validator raises: then it stays as it is
+        logger.warning(
+            "in the saved state of a predictor, the demos' `%s` is no %s but parts of a message; "
+            "it stays as it is, so set it anew",
+            field.name,
+            field.type_name,
+        )
+        return value
+
+
+def _without_marks(value: Any) -> Any:
+    """Return a saved value with the fields of media for their message parts; itself if none."""
+    if isinstance(value, str) and value.startswith(_MARKS[0]) and value.endswith(_MARKS[1]):
+        try:
+            part = load_json(value[len(_MARKS[0]) : -len(_MARKS[1])])[0]
+            return {_OURS.get(name, name): each for name, each in part[part["type"]].items()}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return value
+    if isinstance(value, list):
+        listed = [_without_marks(each) for each in value]
+        return listed if any(a is not b for a, b in zip(listed, value, strict=True)) else value
+    if isinstance(value, dict):
+        made = {name: _without_marks(each) for name, each in value.items()}
+        return made if any(made[name] is not value[name] for name in value) else value
+    return value

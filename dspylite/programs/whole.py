@@ -5,6 +5,7 @@ Not here: making the program from it (`programs/loading.py`).
 
 from __future__ import annotations
 
+import logging
 import os
 import typing
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ from dspylite.runtime.imports import path_of
 from dspylite.schema.grammar import KNOWN_TYPES, type_name
 from dspylite.schema.plain import plain
 from dspylite.schema.records import Example, Prediction
+from dspylite.schema.secrets import is_secret_attribute, saved_params, saved_url
 from dspylite.schema.signature import Field, Signature, SignatureMeta, make_signature
+
+logger = logging.getLogger(__name__)
 
 PROGRAM_FILE = "program.json"
 FORMAT = "dspylite-program"
@@ -33,7 +37,7 @@ _MAX_DEPTH = 24
 
 
 def write_program(program: Any, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
-    """Write a program to a directory, which is made.
+    """Write a program to a directory, which is made. What may be secret is left out, and logged.
 
     Raises:
         SavingError: A class cannot be found by its name, or an attribute is no data.
@@ -47,13 +51,19 @@ def write_program(program: Any, path: str | os.PathLike[str], metadata: Mapping[
         )
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"'{folder}' is no directory.")
-    tree = {"format": FORMAT, "metadata": dict(metadata), "program": _Writer().module(program, "")}
+    writer = _Writer()
+    tree = {"format": FORMAT, "metadata": dict(metadata), "program": writer.module(program, "")}
     try:
         check_tree(tree)
     except ValueError as error:
         raise SavingError(f"The program cannot be saved: {error}.") from error
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / PROGRAM_FILE, tree)
+    if writer.left_out:
+        logger.warning(
+            "not saved, because secrets may be in it: %s; set it again after loading",
+            ", ".join(writer.left_out),
+        )
 
 
 def is_module(value: object) -> bool:
@@ -68,6 +78,7 @@ class _Writer:
 
     def __init__(self) -> None:
         self._numbers: dict[int, int] = {}
+        self.left_out: list[str] = []
 
     def module(self, module: Any, where: str) -> dict[str, Any]:
         if (number := self._numbers.get(id(module))) is not None:
@@ -86,7 +97,12 @@ class _Writer:
             if name == "callbacks" and not value:
                 continue
             place = f"{where}.{name}" if where else name
-            attributes[name] = self.value(value, place, 0)
+            if is_predictor and name == "config":
+                kept, left_out = saved_params(value)
+                self.left_out += [f"{place}.{each}" for each in left_out]
+                attributes[name] = self.value(kept, place, 0)
+            elif not self._is_secret(name, value, place):
+                attributes[name] = self.value(value, place, 0)
         node["attributes"] = attributes
         if is_predictor:
             try:
@@ -94,6 +110,13 @@ class _Writer:
             except SavingError as error:
                 raise SavingError(f"The predictor `{where or 'self'}`: {error}") from error
         return node
+
+    def _is_secret(self, name: str, value: Any, where: str) -> bool:
+        """Tell whether a value must not be in a file, and note it if so."""
+        if not is_secret_attribute(name, value):
+            return False
+        self.left_out.append(where)
+        return True
 
     def value(self, value: Any, where: str, depth: int) -> Any:
         if depth > _MAX_DEPTH:
@@ -113,11 +136,24 @@ class _Writer:
                     raise SavingError(
                         f"A key of `{where}` is {key!r}; JSON has texts as keys only."
                     )
-            pairs = {key: self.value(value[key], f"{where}[{key!r}]", depth + 1) for key in value}
+            pairs: dict[str, Any] = {}
+            for key, each in value.items():
+                place = f"{where}[{key!r}]"
+                if not self._is_secret(key, each, place):
+                    pairs[key] = self.value(each, place, depth + 1)
             return {"dict": pairs}
         if type(value) is Example or type(value) is Prediction:
-            return {type(value).__name__.lower(): plain(value, where)}
-        if value is None or type(value) in (bool, int, float, str):
+            values = dict(value.items(include_dspy=True))
+            inputs: frozenset[str] | None = vars(value).get("_input_keys")
+            return {
+                type(value).__name__.lower(): self.value(values, where, depth + 1),
+                "inputs": None if inputs is None else sorted(inputs),
+            }
+        if type(value) is str:
+            if (public := saved_url(value)) != value:
+                self.left_out.append(f"{where} (a part)")
+            return plain(public, where)
+        if value is None or type(value) in (bool, int, float):
             return plain(value, where)
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise SavingError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -16,11 +16,18 @@ REDACTED = "[redacted]"
 USER_INFO = re.compile(r"://[^/@\s]+@")
 """The `user:password@` of a URL."""
 
-_SECRET_NAME = re.compile(
-    r"(^|[_-])(key|token|secret|password|credentials|headers|authorization)$"
-    r"|(api|access)-?key$|(access|auth|refresh|session)-?token$|client-?secret$",  # as in `apiKey`
+_SURE_NAME = re.compile(
+    r"(^|[_-])(secrets?|passwords?|passwd|passphrase|credentials?|authorization|jwt)$"
+    r"|(api|access|private|secret)[_-]?keys?$"  # as in `apiKey`
+    r"|(access|auth|refresh|session|bearer)[_-]?tokens?$|client-?secret$|bearer[_-]token",
     re.IGNORECASE,
 )
+_LIKELY_NAME = re.compile(
+    r"(^|[_-])(key|token|headers|auth|bearer|cookies?)$",  # but `sort_key`, `stop_token`
+    re.IGNORECASE,
+)
+_LIKE_A_KEY = re.compile(r"(?=[^\s\d]{0,200}\d)\S{16}")
+"""What a key looks like; a guess: a word of 16 characters or more with a digit among them."""
 _SECRET_IN_QUERY = re.compile(  # bounded, so that no text takes longer than it is long
     r"([?&][^=?&#\s]{0,50}(?:key|token|secret|password|sig|signature)=)[^&#\s]+", re.IGNORECASE
 )
@@ -42,7 +49,33 @@ def is_secret(name: str) -> bool:
         >>> [is_secret(name) for name in ("api_key", "extra_headers", "max_tokens")]
         [True, True, False]
     """
-    return _SECRET_NAME.search(name) is not None
+    return bool(_SURE_NAME.search(name) or _LIKELY_NAME.search(name))
+
+
+def is_secret_attribute(name: str, value: Any) -> bool:
+    """Tell by name and value whether an attribute of a program holds what nobody may see.
+
+    A program's own names end in `key` and `token` for other reasons, too. So under such a name only
+    a text that looks like a key is one.
+
+    Example:
+        >>> is_secret_attribute("api_key", "abc"), is_secret_attribute("sort_key", "name")
+        (True, False)
+    """
+    if not (is_secret(name) and _holds_secret(value)):
+        return False
+    texts = list(_texts_in(value, 0))
+    return bool(texts) and bool(
+        _SURE_NAME.search(name) or any(_LIKE_A_KEY.search(text) for text in texts)
+    )
+
+
+def _texts_in(value: Any, depth: int) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple) and depth <= _MAX_DEPTH:
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(each, depth + 1)
 
 
 def without_secrets(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +163,7 @@ def _saved(value: Any, where: str, known: list[str], left_out: list[str], depth:
         if any(secret in value for secret in known):
             left_out.append(where)
             return _LEFT_OUT
-        url = _SECRET_PAIR.sub("", USER_INFO.sub("://", value)) if "://" in value else value
+        url = saved_url(value)
         if url != value:
             left_out.append(f"{where} (a part)")
         return url
@@ -151,6 +184,16 @@ def _saved(value: Any, where: str, known: list[str], left_out: list[str], depth:
         elif (found := _saved(each, path, known, left_out, depth + 1)) is not _LEFT_OUT:
             kept[name] = found
     return kept
+
+
+def saved_url(text: str) -> str:
+    """Return a text as it may stand in a file: a URL in it without user, password and keys.
+
+    Example:
+        >>> saved_url("https://me:pw@example.org/v1?api-key=k&version=2")
+        'https://example.org/v1?version=2'
+    """
+    return _SECRET_PAIR.sub("", USER_INFO.sub("://", text)) if "://" in text else text
 
 
 def without_userinfo(text: str) -> str:

@@ -157,7 +157,12 @@ class SignatureMeta(type):
         return f"{', '.join(cls.input_fields)} -> {', '.join(cls.output_fields)}"
 
     def with_instructions(cls, instructions: str) -> type[AnySignature]:
-        """Return a signature with other instructions."""
+        """Return a signature with other instructions.
+
+        Raises:
+            SignatureError: They are no text.
+        """
+        _check_instructions(instructions)
         return _build(cls.__name__, tuple(cls.__fields__.values()), inspect.cleandoc(instructions))
 
     def append_instructions(cls, instructions: str) -> type[AnySignature]:
@@ -335,15 +340,22 @@ def make_signature(
         A signature. Equal texts give the same class, which is safe because it never changes.
 
     Raises:
-        SignatureError: The text does not parse, a name comes twice, or a type is unknown.
+        SignatureError: The text does not parse, a name comes twice, a type is unknown, or
+            `instructions` or `custom_types` are of another kind.
 
     Example:
         >>> made = make_signature("context: list[str], question -> answer")
         >>> made.input_fields["context"].type_name
         'list[str]'
     """
+    if instructions is not None:
+        _check_instructions(instructions)
     if isinstance(signature, str):
         if custom_types is not None:
+            if not isinstance(custom_types, Mapping):
+                raise SignatureError(
+                    f"`custom_types` is a dict from names to types, not {custom_types!r:.200}."
+                )
             return _build_from_text(signature, instructions, signature_name, custom_types)
         if not (unknown := unknown_types(signature)):
             return _from_text(signature, instructions, signature_name, ())
@@ -368,6 +380,11 @@ def make_signature(
             )
         fields.append(field.named(name, annotation))
     return _build(signature_name, tuple(fields), instructions and inspect.cleandoc(instructions))
+
+
+def _check_instructions(given: object) -> None:
+    if not isinstance(given, str):
+        raise SignatureError(f"`instructions` of a signature must be a text, not {given!r:.200}.")
 
 
 def _is_pair(value: Any) -> bool:
