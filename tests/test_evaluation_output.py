@@ -36,6 +36,10 @@ def is_right(example: Any, pred: Any, trace: Any = None) -> bool:
     return bool(example.answer == pred.answer)
 
 
+def is_same(example: Any, pred: Any, trace: Any = None) -> bool:
+    return True
+
+
 def devset_of(count: int) -> list[dspy.Example]:
     return [
         dspy.Example(question=f"q{i}", answer=f"a{i}").with_inputs("question") for i in range(count)
@@ -117,6 +121,7 @@ def test_files_have_the_same_columns_whichever_items_failed(
         ("@SUM(A1)", "'@SUM(A1)"),
         ("\t=1", "'\t=1"),
         ("\r=1", "'\r=1"),
+        ("\n=1", "'\n=1"),
         ("-5", "-5"),
         ("+3.5e2", "+3.5e2"),
         (-5, "-5"),
@@ -224,6 +229,27 @@ def test_a_column_named_as_the_metric_is_kept(tmp_path: Path) -> None:
         {"x": "1", "answer": "", "error": "", "metric_answer": "0.0",
          "metric_error": "MetricError: The metric `answer` failed: ValueError: so"},
     ]  # fmt: skip
+
+
+def test_no_value_takes_the_column_of_another(tmp_path: Path) -> None:
+    """A shared name gets a prefix, and may then be that of another value."""
+    table, whole = tmp_path / "o.csv", tmp_path / "o.json"
+    given = {"q": 1, "a": 2, "pred_a": 3, "example_a": 4, "=b": 5, "'=b": 6}
+    evaluate(
+        [dspy.Example(**given).with_inputs("q")],
+        lambda q: dspy.Prediction(a=7, pred_pred_a=8),
+        is_same,
+        save_as_csv=table,
+        save_as_json=whole,
+    )
+    (found,) = json.loads(whole.read_text())
+    assert found == {
+        "q": 1, "example_example_a": 2, "pred_a": 3, "example_a": 4, "=b": 5, "'=b": 6,
+        "pred_pred_pred_a": 7, "pred_pred_a": 8, "is_same": True,
+    }  # fmt: skip
+    header, line = csv.reader(table.read_text().splitlines())
+    assert len(header) == len(line) == 9
+    assert line == [*map(str, list(found.values())[:-1]), "True"]
 
 
 # --- Where files go -------------------------------------------------------------------------------

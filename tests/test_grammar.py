@@ -3,8 +3,11 @@
 import datetime
 import decimal
 import enum
+import faulthandler
+import os
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -507,3 +510,26 @@ def test_type_name_is_how_the_text_would_spell_it(annotation: Any, expected: str
 def test_type_name_reads_back_as_the_same_type(annotation: Any) -> None:
     """What an error shows can be pasted into a signature."""
     assert types_of(f"q -> a: {type_name(annotation)}")["a"] == annotation
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_child_can_read_signatures_though_a_thread_was_reading_at_the_fork() -> None:
+    """(B 7.3)"""
+    held = threading.Event()
+
+    def hold() -> None:
+        with grammar.PARSE_LOCK:
+            held.set()
+            time.sleep(0.3)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(20)
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(20, exit=True)  # a child that hangs ends with 1
+        parse_signature("forked -> child")
+        os._exit(0)
+    holder.join(20)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -288,3 +288,11 @@ def test_predictors_of_the_judges_have_the_names_and_fields_of_dspy() -> None:
         },
     }
     assert DecompositionalSemanticRecallPrecision.output_fields["recall"].annotation is float
+
+
+def test_a_passage_that_is_one_long_word_is_read_once() -> None:
+    """As of a language without blanks; letter by letter it took minutes."""
+    passage = "字" * 1_500_000
+    assert not dspy.answer_passage_match(
+        dspy.Example(answer="字"), dspy.Prediction(context=[passage])
+    )

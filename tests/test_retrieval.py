@@ -259,11 +259,24 @@ def test_cache_is_refused_with_the_remedy() -> None:
         dspy.Embeddings(CORPUS, letter_counts, cache=True)
 
 
+class Endless(list[Any]):
+    """Takes for ever to be shown, as a million vectors nearly do."""
+
+    def __repr__(self) -> str:
+        raise AssertionError("nobody reads all of it")
+
+
 NAN, INF = float("nan"), float("inf")
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "nothing": (None, EmbeddingShapeError, "no vectors for 2"),
     "too few": ([[1.0]], EmbeddingShapeError, "1 vectors for 2"),
     "too many": ([[1.0]] * 3, EmbeddingShapeError, "3 vectors for 2"),
+    "too many to show": (Endless([[1.0]] * 3), EmbeddingShapeError, "3 vectors for 2"),
+    "no dimension": (np.array(1.0), EmbeddingShapeError, "no vectors"),
+    "rows by name": ({"a": [1.0], "b": [2.0]}, EmbeddingShapeError, "no vectors"),
+    "rows in no order": ({(1.0,), (2.0,)}, EmbeddingShapeError, "no vectors"),
+    "numbers by name": ([{1: 2.0}, {3: 4.0}], EmbeddingShapeError, "text 0"),
+    "numbers in no order": ([{1.0, 2.0}, {3.0, 4.0}], EmbeddingShapeError, "text 0"),
     "one vector": ([1.0, 2.0], EmbeddingShapeError, "not a list of numbers"),
     "a generator": (iter([[1.0], [2.0]]), EmbeddingShapeError, "no vectors"),
     "two lengths": ([[1.0, 2.0], [1.0]], EmbeddingShapeError, "dimensions"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import logging
 import pickle
@@ -23,6 +24,7 @@ import pytest
 import dspylite as dspy
 from dspylite import BestOfN, ModuleError, Predict, Refine, SettingsError
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
+from dspylite.schema.grammar import PARSE_LOCK
 from dspylite.schema.messages import LMRequest
 from dspylite.testing import FakeLM, FakeServer, Reply
 from tests.caching import cache_in, written
@@ -332,6 +334,19 @@ def test_more_failures_than_allowed_are_raised_at_once(
     assert best.fail_count == (4 if fail_count is None else fail_count)
 
 
+def test_failure_without_words_is_noted_by_its_name() -> None:
+    class Wordless(Exception):  # noqa: N818
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    def reward(inputs: Any, prediction: Any) -> float:
+        raise Wordless
+
+    with dspy.context(lm=FakeLM(answers("a", "b"))), pytest.raises(Wordless) as caught:
+        BestOfN(qa(), 2, reward, None)(question="q")
+    assert caught.value.__notes__[1] == "Attempt 1 failed with Wordless"
+
+
 def test_failure_of_the_reward_is_one_of_its_attempt() -> None:
     """As in DSPy."""
 
@@ -598,12 +613,31 @@ def test_program_may_make_itself_further_predictors(kind: Any) -> None:
     assert program.predictors() == []
 
 
-def test_predictor_kept_with_what_cannot_be_copied_is_refused() -> None:
-    """It would have to be changed in place; the error names the attribute."""
+@pytest.mark.parametrize("error", [TypeError, RuntimeError])
+def test_predictor_kept_with_what_cannot_be_copied_is_refused(error: type[Exception]) -> None:
+    """It would have to be changed in place; the error names it, and not the program's lock."""
     program = Counting()
-    program.mixed = [qa(), threading.Lock()]
-    with dspy.context(lm=FakeLM()), pytest.raises(ModuleError, match="cannot be copied"):
+    program.mixed = [qa(), Uncopied(error("no copy"))]
+    with dspy.context(lm=FakeLM()), pytest.raises(ModuleError, match=r"`mixed\[0\]` stands in"):
         BestOfN(program, 2, length, None)(question="q")
+
+
+class Uncopied:
+    """Refuses to be copied with an error of its own, as tensors and clients do."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError, copy.Error])
+def test_what_cannot_be_copied_is_shared_whatever_its_error(error: type[Exception]) -> None:
+    program = Counting()
+    program.mixed = Uncopied(error("no copy"))
+    with dspy.context(lm=FakeLM(answers("a", "bb"))):
+        assert BestOfN(program, 2, length, None)(question="q").answer == "bb"
 
 
 @pytest.mark.parametrize("kind", [BestOfN, Refine])
@@ -741,6 +775,58 @@ def test_advice_is_asked_for_between_attempts_only() -> None:
     assert "advice" in prompt_of(lm.requests[3])  # the last one that there was
 
 
+class Unshown:
+    """Refuses to be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Answering(dspy.Module):
+    """Asks, and returns what it was made with."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.predict = qa()
+
+    def forward(self, question: str) -> Any:
+        self.predict(question=question)
+        return self.answer
+
+
+def circle() -> list[Any]:
+    made: list[Any] = []
+    made.append(made)
+    return made
+
+
+@pytest.mark.parametrize("answer", [Unshown(), {"a": Unshown()}, circle()], ids=["odd", "in", "o"])
+def test_answer_that_cannot_be_shown_costs_the_advice_alone(
+    answer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with dspy.context(lm=FakeLM(answers("a", "b"))):
+        found = Refine(Answering(answer), 2, lambda i, p: 0.0, 1.0, fail_count=0)(question="q")
+    assert type(found) is type(answer)
+    assert "no advice came" in caplog.text
+
+
+def test_sources_are_read_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.11 fails at random where threads parse at once, as it does to find a class."""
+    seen: list[bool] = []
+    source_of = inspect.getsource
+
+    def getsource(thing: Any) -> str:
+        with ThreadPoolExecutor(1) as other:
+            seen.append(other.submit(PARSE_LOCK.acquire, blocking=False).result(20))
+        return source_of(thing)
+
+    monkeypatch.setattr(inspect, "getsource", getsource)
+    advice = {"discussion": "", "advice": {}}
+    with dspy.context(lm=FakeLM([*answers("a"), advice, *answers("b")])):
+        Refine(Answering("x"), 2, lambda i, p: 0.0, 1.0)(question="q")
+    assert seen == [False, False]
+
+
 @both_ways
 async def test_attempt_goes_without_advice_where_none_comes(
     awaited: bool, caplog: pytest.LogCaptureFixture
@@ -822,7 +908,8 @@ def test_long_values_are_shortened_for_the_adviser() -> None:
 
 def typed_into_a_prompt() -> Any:
     namespace: dict[str, Any] = {"__name__": None}
-    exec("def typed(inputs, prediction): return 0.0", namespace)
+    # CPython 3.13 takes "<string>" for the text of `python -c`, by which pytest starts its workers.
+    exec(compile("def typed(inputs, prediction): return 0.0", "<typed>", "exec"), namespace)
     return namespace["typed"]
 
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 import tracemalloc
 from array import array
 from collections.abc import Callable
@@ -381,3 +382,40 @@ def test_config_beyond_its_limit_is_not_read(saved: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(saved_corpus, "MAX_CONFIG_BYTES", 100)
     with pytest.raises(SavedEmbeddingsError, match="more than 100 bytes"):
         loaded(saved)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs `flock`")
+def test_saves_and_loads_at_once_see_one_save_whole(tmp_path: Path) -> None:
+    """Two savers would mix their files for good, in about every second of these rounds."""
+    ours = dspy.Embeddings(CORPUS, letter_counts, k=3)
+    other = dspy.Embeddings(CORPUS[:2], letter_counts, k=2)
+    ours.save(tmp_path)
+    meeting = threading.Barrier(3, timeout=20)
+
+    def together(work: Callable[[], Any]) -> Any:
+        meeting.wait()
+        return work()
+
+    works = [lambda: ours.save(tmp_path), lambda: other.save(tmp_path), lambda: loaded(tmp_path)]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(60):
+            *_, found = pool.map(together, works)
+            for retriever in (found, loaded(tmp_path)):
+                assert (retriever.corpus, retriever.k) in [(CORPUS, 3), (CORPUS[:2], 2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, VECTORS]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs `flock`")
+def test_lock_that_somebody_keeps_holds_nobody_up(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl  # not on every system
+
+    monkeypatch.setattr(saved_corpus, "_MAX_WAIT_S", 0.05)
+    opened = os.open(saved, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        loaded(saved).save(saved)
+    finally:
+        os.close(opened)
+    assert loaded(saved).corpus == CORPUS

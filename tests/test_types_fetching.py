@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import socket
+import sys
 import threading
 import time
 import zlib
@@ -88,7 +89,7 @@ def answer(
 
     def send(connection: socket.socket, _: bytes) -> None:
         head = f"HTTP/1.1 {status}\r\n{typed}{more}Content-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
+        connection.sendall(head.encode("latin-1") + body)
 
     return send
 
@@ -153,11 +154,19 @@ def test_deprecated_download_fetches_from_a_positional_url_only(server: Server) 
         *("file:///etc/passwd", "ftp://127.0.0.1/a", "data:image/png;base64,aGk=", "gs://b/o"),
         *("cat.png", "http://", "https:///a", "javascript:alert(1)", "http://[::1", "http://h:x/"),
         *("http://a b/", "http://a\r\nX: y/", "", None, 5, "http://h:99999/"),
+        *("http://h/\ud800", "http://\ud800@h/", "http://\ud800/", f"http://{'é' * 99}.org/"),
     ],
 )
 def test_only_the_web_is_fetched_from(kind: type[dspy.Image | dspy.Audio], url: str) -> None:
     with pytest.raises(dspy.MediaError, match="cannot be fetched"):
         kind.from_url(url)
+
+
+@pytest.mark.parametrize("said", ["image/a,b", "image/\xe9", "image/x y", f"image/{'p' * 300}"])
+def test_kind_that_is_none_is_found_in_the_bytes(said: str, server: Server) -> None:
+    """Or the data URI would be one that is refused where it is read again, as from a saved demo."""
+    url = dspy.Image.from_url(server.at("/a", answer(kind=said))).url
+    assert dspy.Image(url).url == data_uri(PNG)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "5"])
@@ -244,6 +253,13 @@ def test_limit_can_be_raised_and_is_exact(server: Server) -> None:
         dspy.Image.from_url(url, max_bytes=0)
 
 
+@pytest.mark.parametrize("packing", ["gzip", "identity"])
+def test_limit_may_be_beyond_any_memory(packing: str, server: Server) -> None:
+    body = gzip.compress(PNG) if packing == "gzip" else PNG
+    url = server.at("/a", answer(body, more=f"Content-Encoding: {packing}\r\n"))
+    assert dspy.Image.from_url(url, max_bytes=sys.maxsize).url == data_uri(PNG)
+
+
 @pytest.mark.parametrize("packing", ["gzip", "deflate"])
 def test_packed_answer_is_unpacked(packing: str, server: Server) -> None:
     """It was not asked for, and some servers pack all the same."""
@@ -266,6 +282,7 @@ def test_packed_bomb_is_left_at_the_limit(server: Server) -> None:
         (PNG, "br", "packs"),
         (b"no gzip at all", "gzip", "could not be fetched"),
         (gzip.compress(PNG)[:-20], "gzip", "before the end"),
+        (gzip.compress(PNG[:50]) + gzip.compress(PNG[50:]), "gzip", "several parts"),
     ],
 )
 def test_packing_that_cannot_be_undone_is_an_error(

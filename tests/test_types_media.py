@@ -444,14 +444,24 @@ def test_size_of_a_file_is_limited(
     for wrong in (0, -1, True, 1.5, None):
         with pytest.raises(dspy.MediaError, match="max_bytes"):
             kind.from_path(path, max_bytes=wrong)
+    for beyond_any_memory in (10**12, sys.maxsize, 10**30):
+        assert kind.from_path(path, max_bytes=beyond_any_memory)
 
 
-def test_limit_can_be_raised_above_the_usual_one(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(PNG + bytes(MAX_BYTES))
-    image = dspy.Image.from_path(path, max_bytes=2 * MAX_BYTES)
-    assert len(base64.b64decode(image.url.partition(",")[2])) == MAX_BYTES + len(PNG)
-    assert pickle.loads(pickle.dumps(image)) == image
+@pytest.mark.parametrize("kind", KINDS)
+def test_limit_can_be_raised_above_the_usual_one(
+    kind: type[dspy.Image | dspy.Audio | dspy.File], tmp_path: Path
+) -> None:
+    start = WAV if kind is dspy.Audio else PNG
+    path = tmp_path / "a"
+    path.write_bytes(start + bytes(MAX_FILE_BYTES))
+    made = kind.from_path(path, max_bytes=2 * MAX_FILE_BYTES)
+    (encoded,) = [value for value in vars(made).values() if value and len(value) > 9]
+    assert base64.b64decode(encoded.partition(",")[2] or encoded) == path.read_bytes()
+    assert pickle.loads(pickle.dumps(made)) == made
+    assert kind(made) == made
+    holder = pydantic.create_model("Holder", held=kind)
+    assert holder(held=made).held == made  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def batch_error(
         parts.append(reason)
     text = "; ".join(parts)
     error = BatchError(
-        f"{text}. The first error: {_told(first)}. Finished results are in "
+        f"{text}. The first error: {told(first)}. Finished results are in "
         "`.results`, errors in `.errors`, both by index."
         if first is not None
         else f"{text}. Finished results are in `.results` by index.",
@@ -110,7 +110,8 @@ def interrupted(outcomes: Sequence[Outcome[Any]]) -> BatchInterrupted:
     )
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
+    """Say an error in one line: its class, and what it says if it can."""
     name = type(error).__name__
     try:
         return f"{name}: {error}"

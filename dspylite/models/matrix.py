@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, SupportsFloat, SupportsIndex, cast, overload
 
 from dspylite.errors import EmbeddingShapeError, EmbeddingValueError
@@ -170,7 +170,7 @@ def read_vector(row: Any, index: int) -> array[float]:
     """
     if callable(tolist := getattr(row, "tolist", None)):
         row = tolist()
-    if isinstance(row, str | bytes) or not isinstance(row, Iterable):
+    if isinstance(row, str | bytes | Mapping | Set) or not isinstance(row, Iterable):
         raise EmbeddingShapeError(
             f"The vector of text {index} is not a list of numbers: {row!r:.100}.", index=index
         )

@@ -5,7 +5,7 @@ Not here: the search among vectors (`models/search.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from dspylite.abc import Io
@@ -59,12 +59,22 @@ async def embed_texts(io: Io, embedder: Vectorizer, texts: list[str]) -> Embeddi
     if isinstance(embedder, Embedder) and type(embedder).__call__ is Embedder.__call__:
         return await embedder.plan(io, texts)
     made: Any = await io.any(embedder, list(texts))
-    count = len(made) if hasattr(made, "__len__") else "no"
+    count = _count(made)
     if count != len(texts):
+        kind = type(made).__name__  # of what may be too long to be shown
         raise EmbeddingShapeError(
-            f"The embedding function gave {count} vectors for {len(texts)} texts: {made!r:.100}."
+            f"The embedding function gave {count} vectors for {len(texts)} texts, as `{kind}`."
         )
     return EmbeddingMatrix.from_rows(made)
+
+
+def _count(made: Any) -> int | str:
+    if isinstance(made, str | bytes | Mapping | Set):
+        return "no"
+    try:
+        return len(made)
+    except TypeError:  # an array without dimensions, an iterator
+        return "no"
 
 
 def checked_texts(what: str, texts: Iterable[str]) -> Iterable[str]:

@@ -7,6 +7,7 @@ objects, which would be one, is refused. Not here: the search (`models/search.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,9 +15,10 @@ import re
 import secrets
 import stat
 import sys
+import time
 import zlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +31,9 @@ MAX_CONFIG_BYTES = 1 << 30
 
 MAX_DIM = 1 << 16
 """Most dimensions of a vector; embedding models have up to some thousands."""
+
+_MAX_WAIT_S = 5.0
+"""For whoever else is putting files into the directory, which takes a moment; guessed."""
 
 _CONFIG, _VECTORS = "config.json", "corpus_embeddings.npy"
 _FORMAT = 1
@@ -63,8 +68,9 @@ class SavedCorpus:
 def write_corpus(path: str | os.PathLike[str], saved: SavedCorpus) -> None:
     """Write the two files into a directory, which is made if need be.
 
-    Each is complete before it takes the place of an older one. The configuration comes last and
-    bears the checksum of the vectors: a crash between the two is noticed when they are read.
+    Each is complete before it takes the place of an older one, and of several saves at once one
+    stays whole. The configuration comes last and bears the checksum of the vectors: a crash between
+    the two is noticed when they are read.
 
     Raises:
         OSError: The directory cannot be made or written to; an older corpus in it stays.
@@ -85,8 +91,9 @@ def write_corpus(path: str | os.PathLike[str], saved: SavedCorpus) -> None:
         }
         content = json.dumps(config, indent=1).encode("ascii")
         _write(new_config, lambda file: file.write(content))
-        os.replace(new_vectors, directory / _VECTORS)
-        os.replace(new_config, directory / _CONFIG)
+        with _alone_in(directory):
+            os.replace(new_vectors, directory / _VECTORS)
+            os.replace(new_config, directory / _CONFIG)
     finally:
         new_vectors.unlink(missing_ok=True)
         new_config.unlink(missing_ok=True)
@@ -108,13 +115,15 @@ def read_corpus(path: str | os.PathLike[str]) -> SavedCorpus:
                 f"`{file}` is not there; a directory that `save` wrote has `{_CONFIG}` and "
                 f"`{_VECTORS}`."
             )
-    config = _read_config(config_file)
-    try:
-        size = _size_of(vectors_file)
-        with vectors_file.open("rb") as opened:
-            matrix, checksum = _read_npy(opened, size, len(config["corpus"]))
-    except (EOFError, SavedEmbeddingsError) as error:
-        raise SavedEmbeddingsError(f"`{vectors_file}` cannot be read: {error}") from None
+    with contextlib.ExitStack() as files:
+        with _alone_in(Path(path)):  # so that both are of one save; they may be replaced then
+            opened_config = files.enter_context(_open(config_file))
+            vectors = files.enter_context(_open(vectors_file))
+        config = _read_config(opened_config, config_file)
+        try:
+            matrix, checksum = _read_npy(vectors, _size_of(vectors), len(config["corpus"]))
+        except (EOFError, SavedEmbeddingsError) as error:
+            raise SavedEmbeddingsError(f"`{vectors_file}` cannot be read: {error}") from None
     if config.get("crc32", checksum) != checksum:
         raise SavedEmbeddingsError(
             f"`{vectors_file}` is damaged, or of another save than `{config_file}`; save again."
@@ -135,11 +144,53 @@ def _write(file: Path, write: Callable[[BinaryIO], Any]) -> Any:
     return result
 
 
-def _size_of(file: Path) -> int:
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe would block, a device never end
-        raise SavedEmbeddingsError("it is not a regular file.")
-    return found.st_size
+def _open(file: Path) -> BinaryIO:
+    if not stat.S_ISREG(file.stat().st_mode):  # a pipe would block, a device never end
+        raise SavedEmbeddingsError(f"`{file}` cannot be read: it is not a regular file.")
+    return file.open("rb")
+
+
+def _size_of(opened: BinaryIO) -> int:
+    return os.fstat(opened.fileno()).st_size
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Generator[None]:
+    """Keep other threads and processes from putting files into a directory, or opening them.
+
+    Without `flock`, and where somebody keeps it for `_MAX_WAIT_S`, nobody is kept from it: a mix of
+    two saves is then found by its checksum.
+    """
+    try:
+        import fcntl  # noqa: PLC0415  # not on every system
+
+        opened = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        ends_at = time.monotonic() + _MAX_WAIT_S
+        while not _locked(opened, fcntl.LOCK_EX | fcntl.LOCK_NB) and time.monotonic() < ends_at:
+            time.sleep(0.002)  # noqa: TID251  # no plan comes here
+        yield
+    finally:
+        _locked(
+            opened, fcntl.LOCK_UN
+        )  # which closing does not, if the process was forked meanwhile
+        os.close(opened)
+
+
+def _locked(opened: int, operation: int) -> bool:
+    """Tell whether a lock was had, or never can be."""
+    import fcntl  # noqa: PLC0415  # as above
+
+    try:
+        fcntl.flock(opened, operation)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 # --- The configuration ---------------------------------------------------------------------------
@@ -154,11 +205,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(opened: BinaryIO, file: Path) -> dict[str, Any]:
     try:
-        if _size_of(file) > MAX_CONFIG_BYTES:
+        if _size_of(opened) > MAX_CONFIG_BYTES:
             raise SavedEmbeddingsError(f"it has more than {MAX_CONFIG_BYTES} bytes.")
-        config = json.loads(file.read_bytes())
+        config = json.loads(opened.read())
         if not isinstance(config, dict):
             raise SavedEmbeddingsError("it holds no object.")
         if config.get("format", _FORMAT) != _FORMAT:

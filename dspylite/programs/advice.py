@@ -19,6 +19,7 @@ from dspylite.errors import CallCancelledError, clip
 from dspylite.programs.base import Module
 from dspylite.programs.predict import Predict
 from dspylite.runtime.settings import overlay_with, settings
+from dspylite.schema.grammar import PARSE_LOCK
 from dspylite.schema.records import Outputs
 from dspylite.schema.signature import Field, InputField, OutputField, Signature
 
@@ -84,32 +85,9 @@ async def ask_for_advice(io: Io, review: Review) -> dict[str, str] | None:
 
     A failure gives None and is logged, because an attempt can do without.
     """
-    named = review.program.named_predictors()
-    names = {id(predictor): name for name, predictor in named}
-    calls = [
-        {
-            "module_name": names.get(id(predictor), type(predictor).__name__),
-            "inputs": _shown(inputs),
-            "outputs": _shown(outputs),
-        }
-        for predictor, inputs, outputs in review.calls
-    ]
-    lm = settings.lm or next((each.lm for _, each in named if each.lm is not None), None)
-    asked = {
-        "lm": lm,
-        "program_code": _source(review.program),
-        "modules_defn": "\n\n".join(_definition(name, each) for name, each in named),
-        "program_inputs": to_json(_shown(review.inputs), indent=2),
-        "program_trajectory": to_json(calls, indent=2),
-        "program_outputs": to_json(_shown(review.answer), indent=2),
-        "reward_code": _source(review.reward_fn),
-        "target_threshold": review.threshold,
-        "reward_value": review.reward,
-        "module_names": [name for name, _ in named],
-    }
     try:
         with overlay_with(trace=None):
-            found: Any = await Predict(OfferFeedback).plan(io, (), asked)
+            found: Any = await Predict(OfferFeedback).plan(io, (), _asked(review))
     except CallCancelledError:
         raise
     except Exception as error:  # logged
@@ -121,6 +99,33 @@ async def ask_for_advice(io: Io, review: Review) -> dict[str, str] | None:
         name: text
         for name, text in advice.items()
         if text.strip().rstrip(".").lower() not in _NOTHING_TO_SAY
+    }
+
+
+def _asked(review: Review) -> dict[str, Any]:
+    """Write an attempt as the inputs of `OfferFeedback`, with the LM to ask."""
+    named = review.program.named_predictors()
+    names = {id(predictor): name for name, predictor in named}
+    calls = [
+        {
+            "module_name": names.get(id(predictor), type(predictor).__name__),
+            "inputs": _shown(inputs),
+            "outputs": _shown(outputs),
+        }
+        for predictor, inputs, outputs in review.calls
+    ]
+    lm = settings.lm or next((each.lm for _, each in named if each.lm is not None), None)
+    return {
+        "lm": lm,
+        "program_code": _source(review.program),
+        "modules_defn": "\n\n".join(_definition(name, each) for name, each in named),
+        "program_inputs": to_json(_shown(review.inputs), indent=2),
+        "program_trajectory": to_json(calls, indent=2),
+        "program_outputs": to_json(_shown(review.answer), indent=2),
+        "reward_code": _source(review.reward_fn),
+        "target_threshold": review.threshold,
+        "reward_value": review.reward,
+        "module_names": [name for name, _ in named],
     }
 
 
@@ -177,6 +182,7 @@ def _source(thing: Any) -> str:
     if str(code.__module__).startswith("dspylite.programs."):  # its parts tell more than its code
         return repr(thing)
     try:
-        return textwrap.dedent(inspect.getsource(code))
-    except (OSError, TypeError):  # typed into a prompt, or not written in Python
+        with PARSE_LOCK:  # a class is looked for in its parsed file
+            return textwrap.dedent(inspect.getsource(code))
+    except Exception:  # noqa: BLE001  # typed into a prompt, not written in Python, or edited since
         return f"{code.__qualname__} (its source is not to be had)"

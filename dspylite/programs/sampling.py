@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspylite.abc import Io
+from dspylite.concurrency.outcome import told
 from dspylite.errors import (
     CallCancelledError,
     InputFieldError,
@@ -110,7 +111,7 @@ class _Contest:
         if self.size > 1:
             error.add_note(f"This was attempt {index + 1} of {self.size}.")
         for place, other in before:
-            said = clip(f"{type(other).__name__}: {other}", _NOTED_CHARS)
+            said = clip(told(other), _NOTED_CHARS)
             error.add_note(f"Attempt {place + 1} failed with {said}")
         raise error
 
@@ -388,19 +389,23 @@ def _twin(module: Module) -> Module:
     }
     try:
         return copy.deepcopy(module, dict(memo))
-    except ModuleError:
+    except Exception as error:  # each library has its own for what it does not copy
         for part in reversed(parts):  # so that what a part shares is known to what it is in
             for value in list(vars(part).values()):
                 if isinstance(value, Module):
                     continue
                 try:
                     copy.deepcopy(value, dict(memo))
-                except (TypeError, ModuleError):
+                except Exception:  # noqa: BLE001  # as above
                     memo[id(value)] = value
         twin = copy.deepcopy(module, memo)
-        own = {id(predictor) for predictor in module.predictors()}
-        if any(id(predictor) in own for predictor in twin.predictors()):
-            raise
+        own = {id(predictor): path for path, predictor in module.named_predictors()}
+        for predictor in twin.predictors():
+            if id(predictor) in own:
+                raise ModuleError(
+                    f"The predictor `{own[id(predictor)]}` stands in something that cannot be "
+                    "copied, and each attempt needs its own; make it an attribute of the module."
+                ) from error
         return twin
 
 

@@ -12,6 +12,7 @@ import enum
 import functools
 import keyword
 import operator
+import os
 import threading
 import typing
 import uuid
@@ -32,7 +33,16 @@ MAX_DEPTH = 32
 REQUIRED: Any = ...
 """Stands for "has no default", as in pydantic."""
 
-_PARSE_LOCK = threading.Lock()  # guards ast.parse, which fails at random in threads on CPython 3.11
+PARSE_LOCK = threading.RLock()  # a signal handler may enter it again
+"""Guards `ast.parse`, and what calls it, which fails at random in threads on CPython 3.11."""
+
+# Held around a fork, or a child would wait for a thread that it does not have.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=PARSE_LOCK.acquire,
+        after_in_parent=PARSE_LOCK.release,
+        after_in_child=PARSE_LOCK.release,
+    )
 
 KNOWN_TYPES: Mapping[str, Any] = {
     **{kind.__name__: kind for kind in (str, int, float, bool, bytes, list, dict, tuple, set)},
@@ -273,7 +283,7 @@ def _split_arrow(text: str) -> list[str]:
 
 def _parse_side(side: str, text: str) -> tuple[tuple[ast.arg, ...], tuple[ast.expr | None, ...]]:
     try:
-        with _PARSE_LOCK:
+        with PARSE_LOCK:
             tree = ast.parse(f"def signature({side}\n): pass")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SignatureError(

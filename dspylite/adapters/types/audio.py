@@ -91,6 +91,8 @@ class Audio(Media):
             if given_rate is not None and not hasattr(source, "shape"):
                 raise MediaError("Audio: `sampling_rate` goes with an array only.")
             data = {**_fields(source, given_format, given_rate), **data}
+            if isinstance(source, Audio):
+                data["data"] = source  # which was checked by its own limit
         super().__init__(**data)
 
     @pydantic.model_validator(mode="before")
@@ -99,7 +101,10 @@ class Audio(Media):
         if not isinstance(value, Mapping):
             return _fields(value, None, None)
         fields = dict(cast("Mapping[str, Any]", value))
-        if isinstance(encoded := fields.get("data"), str):
+        encoded = fields.get("data")
+        if isinstance(encoded, Audio):
+            fields["data"] = encoded.data
+        elif isinstance(encoded, str):
             check_base64(encoded, max_bytes=MAX_BYTES, wanted="an audio")
             if not encoded:
                 raise MediaError("the audio is empty.")

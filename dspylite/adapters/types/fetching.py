@@ -13,6 +13,7 @@ import io
 import math
 import socket
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -23,6 +24,7 @@ from typing import IO, Any, cast
 
 from dspylite.adapters.types.media import (
     check_max_bytes,
+    is_kind,
     kind_of_bytes,
     kind_of_name,
     too_large,
@@ -91,7 +93,7 @@ def fetch(
         said = clip(shown_url(str(reason)), 200) or type(error).__name__
         raise MediaFetchError(f"{shown} could not be fetched: {said}.") from None
     kind = _plain_kind(said)
-    if kind in _UNTOLD:
+    if kind in _UNTOLD or not is_kind(kind):
         kind = kind_of_bytes(data) or kind_of_name(last) or ""
     if not data or not kind.startswith(kinds):
         found = "nothing" if not data else kind or "something of no known kind"
@@ -149,17 +151,17 @@ def _without_user(url: str) -> tuple[str, str | None]:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
             return "", None
-    except ValueError:
+        user, is_given, host = parts.netloc.rpartition("@")
+        # What no request line can carry is written as browsers write it.
+        path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
+        query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~-._?[]|")
+        host = host if host.isascii() else host.encode("idna").decode("ascii")
+        plain = urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+        if not is_given:
+            return plain, None
+        token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode("ascii")
+    except ValueError:  # no host, no port, or what no encoding takes
         return "", None
-    user, is_given, host = parts.netloc.rpartition("@")
-    # What no request line can carry is written as browsers write it.
-    path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
-    query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~-._?[]|")
-    host = host if host.isascii() else host.encode("idna").decode("ascii")
-    plain = urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
-    if not is_given:
-        return plain, None
-    token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode("ascii")
     return plain, f"Basic {token}"
 
 
@@ -316,9 +318,12 @@ def _body(response: Any, max_bytes: int, wanted: str) -> bytes:
     taken, read = bytearray(), 0
     while chunk := response.read1(_CHUNK_BYTES):
         read += len(chunk)
-        taken += chunk if unpack is None else unpack.decompress(chunk, max_bytes + 1 - len(taken))
+        room = min(max_bytes + 1 - len(taken), sys.maxsize)
+        taken += chunk if unpack is None else unpack.decompress(chunk, room)
         if len(taken) > max_bytes or read > max_bytes:
             raise too_large(wanted, max_bytes)
+        if unpack is not None and unpack.unused_data:
+            raise MediaFetchError("The server packs its answer in several parts, unasked.")
     if (length is not None and read < length) or (unpack is not None and not unpack.eof):
         raise MediaFetchError("The server closed the connection before the end of its answer.")
     return bytes(taken)

@@ -74,6 +74,8 @@ class File(Media):
             fields = _fields(source)
             if both := sorted(fields.keys() & data.keys()):
                 raise MediaError(f"File: the source says {', '.join(both)}, so leave that out.")
+            if isinstance(source, File) and source.file_data is not None:
+                fields["file_data"] = source  # which was checked by its own limit
             data = {**fields, **data}
         super().__init__(**data)
 
@@ -82,7 +84,9 @@ class File(Media):
     def _take(cls, value: Any) -> Any:
         fields = _fields(value)
         encoded = fields.get("file_data")
-        if isinstance(encoded, str):
+        if isinstance(encoded, File) and encoded.file_data is not None:
+            fields["file_data"] = encoded.file_data
+        elif isinstance(encoded, str):
             encoded = encoded.strip()
             if is_data_uri(encoded):
                 split_data_uri(encoded, max_bytes=MAX_FILE_BYTES, wanted="a file")

@@ -200,7 +200,7 @@ def split_data_uri(uri: str, *, max_bytes: int, wanted: str) -> tuple[str, str]:
     head = _HEAD.match(uri, 0, _MAX_HEAD_CHARS)
     kind, *options = head["kind"].split(";") if head else [""]
     kind = kind.strip().lower()
-    if head is None or not _KIND.fullmatch(kind) or options[-1:] not in (["base64"], ["BASE64"]):
+    if head is None or not is_kind(kind) or options[-1:] not in (["base64"], ["BASE64"]):
         raise MediaError(
             f"{clip(uri[:80])!r} is no data URI of {wanted}: its form is "
             "`data:<type>/<subtype>;base64,<data>`."
@@ -312,7 +312,7 @@ def read_file(path: AnyPath, *, max_bytes: int) -> bytes:
             _check_regular(found, name)
             if found.st_size > max_bytes:
                 raise too_large(f"the file {name}", max_bytes)
-            data = file.read(max_bytes + 1)
+            data = _read_at_most(file, max_bytes + 1)
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise MediaError(f"There is no file {name}.") from None
@@ -323,6 +323,14 @@ def read_file(path: AnyPath, *, max_bytes: int) -> bytes:
         raise MediaError(f"{name} is no path.") from None
     check_size(data, max_bytes=max_bytes, wanted=f"the file {name}")
     return data
+
+
+def _read_at_most(file: typing.BinaryIO, count: int) -> bytes:
+    """Read in pieces, for `read` makes room for all it is asked for."""
+    data = bytearray()
+    while len(data) < count and (chunk := file.read(min(_CHUNK_BYTES, count - len(data)))):
+        data += chunk
+    return bytes(data)
 
 
 def _check_regular(found: os.stat_result, name: str) -> None:
@@ -340,6 +348,11 @@ def check_max_bytes(max_bytes: int) -> None:
         raise MediaError(f"`max_bytes` must be a positive whole number, not {max_bytes!r}.")
 
 
+def is_kind(text: str) -> bool:
+    """Tell whether a text is a MIME type without options."""
+    return _KIND.fullmatch(text) is not None
+
+
 def kind_from(found: str | None) -> str:
     """Return the kind in a content type or what a user gave as one, without its options.
 
@@ -351,6 +364,6 @@ def kind_from(found: str | None) -> str:
         'image/png'
     """
     kind = (found or "").partition(";")[0].strip().lower()
-    if not _KIND.fullmatch(kind):
+    if not is_kind(kind):
         raise MediaError(f"{clip(str(found), 80)!r} is no MIME type such as `image/png`.")
     return kind

@@ -17,7 +17,7 @@ from dspylite.programs.evaluation.rows import Rows, as_text
 from dspylite.programs.evaluation.scoring import as_number
 from dspylite.schema.records import Example
 
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def check_target(name: str, path: str | os.PathLike[str] | None) -> Path | None:
@@ -48,17 +48,17 @@ def check_target(name: str, path: str | os.PathLike[str] | None) -> Path | None:
 def write_csv(rows: Rows, target: Path) -> None:
     """Write a header and a line for each result, in UTF-8.
 
-    A text at which a spreadsheet would compute (it begins with `=`, `+`, `-`, `@`, a tab or a
-    carriage return, and is no number) gets an apostrophe in front: what a model wrote must not run
+    A text at which a spreadsheet would compute (it begins with `=`, `+`, `-`, `@`, a tab or a line
+    break, and is no number) gets an apostrophe in front: what a model wrote must not run
     as a formula in the program that opens the file. The JSON file has every value as it is.
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [_inert(name) for name in rows.columns], restval="")
-    writer.writeheader()
+    writer = csv.writer(text)
+    writer.writerow([_inert(name) for name in rows.columns])
     for row in rows.rows:
-        cells = {_inert(name): _in_csv(value) for name, value in row.items()}
-        cells[_inert(rows.score)] = str(_plain_score(row[rows.score], whole=False))
-        writer.writerow(cells)
+        cells = {name: _in_csv(value) for name, value in row.items()}
+        cells[rows.score] = str(_plain_score(row[rows.score], whole=False))
+        writer.writerow([cells.get(name, "") for name in rows.columns])
     _write(target, text.getvalue())
 
 

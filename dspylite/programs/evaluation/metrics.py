@@ -184,8 +184,8 @@ def answer_passage_match(example: Any, pred: Any, trace: Any = None) -> bool:
     del trace
     answers = [_tokens(normalize_text(answer)) for answer in _answers_of(example)]
     return any(
-        _contains(_tokens(normalize_text(passage)), answer)
-        for passage in pred.context
+        _contains(passage, answer)
+        for passage in map(_tokens, map(normalize_text, pred.context))
         for answer in answers
     )
 
@@ -204,16 +204,20 @@ def _answers_of(example: Any) -> list[str]:
 def _tokens(text: str) -> list[str]:
     """Cut a text into runs of letters, digits and marks; any other visible character is a token."""
     tokens: list[str] = []
-    is_in_word = False
+    word: list[str] = []
     for character in unicodedata.normalize("NFD", text):
         kind = unicodedata.category(character)
         # A character that this Python does not know yet is most likely a letter of a newer Unicode.
-        kind = "L" if kind == "Cn" else kind[0]
-        if kind in "LNM" and is_in_word:
-            tokens[-1] += character
-        elif kind not in "ZC":
+        if kind == "Cn" or kind[0] in "LNM":
+            word.append(character)
+            continue
+        if word:
+            tokens.append("".join(word))
+            word = []
+        if kind[0] not in "ZC":
             tokens.append(character)
-        is_in_word = kind in "LNM"
+    if word:
+        tokens.append("".join(word))
     return [token.lower() for token in tokens]
 
 

@@ -5,7 +5,7 @@ Not here: the forms of these (`programs/evaluation/table.py`, `programs/evaluati
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ class Rows:
 def as_rows(result: EvaluationResult, metric: str) -> Rows:
     """Lay results out in columns: the example's values, the prediction's, the score.
 
-    A name that examples and predictions share becomes `example_name` and `pred_name`, in all rows.
+    A name that examples and predictions share becomes `example_name` and `pred_name`, in all rows;
+    where that is a name already, the prefix stands more than once.
     A prediction that has no names of its own stands in the column `prediction`. Where items failed,
     a last column `error` says why.
 
@@ -42,13 +43,19 @@ def as_rows(result: EvaluationResult, metric: str) -> Rows:
     """
     pairs = [(_named(example), _named(made)) for example, made, _ in result.results]
     shared = _keys(given for given, _ in pairs) & _keys(made for _, made in pairs)
+    taken = _keys(record for pair in pairs for record in pair)
+    places: dict[str, dict[str, str]] = {"example_": {}, "pred_": {}}
+    for prefix, places_of in places.items():
+        for name in sorted(shared):
+            places_of[name] = _free(f"{prefix}{name}", taken, prefix)
+            taken.add(places_of[name])
     columns: dict[str, None] = {}
     rows: list[dict[str, Any]] = []
     for given, made in pairs:
         row: dict[str, Any] = {}
-        for prefix, values in (("example_", given), ("pred_", made)):
+        for places_of, values in zip(places.values(), (given, made), strict=True):
             for name, value in values.items():
-                row[f"{prefix}{name}" if name in shared else name] = value
+                row[places_of.get(name, name)] = value
         columns.update(dict.fromkeys(row))
         rows.append(row)
     score = _free(metric, columns)
@@ -87,6 +94,7 @@ def _keys(records: Iterable[Mapping[str, Any]]) -> set[str]:
     return {name for record in records for name in record}
 
 
-def _free(name: str, taken: Iterable[str]) -> str:
-    names: Iterator[str] = (f"{'metric_' * times}{name}" for times in range(len(list(taken)) + 1))
-    return next(each for each in names if each not in taken)
+def _free(name: str, taken: Collection[str], prefix: str = "metric_") -> str:
+    while name in taken:
+        name = f"{prefix}{name}"
+    return name

@@ -12,6 +12,7 @@ from typing import Any, SupportsFloat
 
 from dspylite.abc import Io
 from dspylite.concurrency.items import Job, invoke
+from dspylite.concurrency.outcome import told
 from dspylite.errors import CallCancelledError, MetricError, clip
 from dspylite.programs.evaluation.result import Row
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
@@ -58,7 +59,7 @@ class Scoring:
             raise
         except (Exception, SystemExit) as error:  # it is kept as the item's error
             raise MetricError(
-                f"The metric `{name}` failed: {_told(error)}", prediction=prediction
+                f"The metric `{name}` failed: {clip(told(error))}", prediction=prediction
             ) from error
         return example, prediction, score
 
@@ -90,11 +91,3 @@ def metric_name(metric: Any) -> str:
     while isinstance(metric, functools.partial):
         metric = metric.func
     return str(getattr(metric, "__name__", None) or type(metric).__name__)
-
-
-def _told(error: BaseException) -> str:
-    name = type(error).__name__
-    try:
-        return clip(f"{name}: {error}")
-    except Exception:  # noqa: BLE001  # its own `__str__` fails
-        return name
