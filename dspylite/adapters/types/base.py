@@ -40,6 +40,9 @@ class Type(pydantic.BaseModel):
         'image_url'
     """
 
+    # What pydantic reads and writes values with is made at their first use, and not at import.
+    model_config = pydantic.ConfigDict(defer_build=True)
+
     def format(self) -> Any:
         """Write the value for a prompt.
 

@@ -33,6 +33,7 @@ class History(pydantic.BaseModel):
     messages: list[dict[str, Any]]
 
     model_config = pydantic.ConfigDict(
+        defer_build=True,
         frozen=True,
         extra="forbid",
         json_schema_extra={"description": "Earlier turns of the conversation, oldest first."},

@@ -399,6 +399,8 @@ class ToolCallResult(pydantic.BaseModel):
         is_error: Whether it failed.
     """
 
+    model_config = pydantic.ConfigDict(defer_build=True)
+
     name: str
     value: Any
     call_id: str | None = None
@@ -416,6 +418,8 @@ class ToolCallResults(pydantic.BaseModel):
     """
 
     ToolCallResult: ClassVar[type[_Result]] = ToolCallResult
+
+    model_config = pydantic.ConfigDict(defer_build=True)
 
     tool_call_results: list[_Result]
 
