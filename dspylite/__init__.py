@@ -10,6 +10,7 @@ import typing
 
 from dspylite import evaluate as evaluate
 from dspylite import streaming
+from dspylite.adapters.baml import BAMLAdapter
 from dspylite.adapters.base import Adapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
@@ -163,6 +164,7 @@ __all__ = [
     "AdapterParseError",
     "Attempt",
     "Audio",
+    "BAMLAdapter",
     "BaseCallback",
     "BaseLM",
     "BatchError",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar, runtime_checkabl
 
 import anyio
 
+from dspylite.errors import AdapterParseError
 from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Message
 from dspylite.schema.plans import AdapterPlan
 from dspylite.schema.signature import Signature
@@ -241,6 +242,12 @@ class Adapter(Protocol):
         inputs: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         """Ask a model and read its answers, on this thread."""
+        ...
+
+    def format_repair(
+        self, signature: type[Signature], answer: str, error: AdapterParseError
+    ) -> list[Message]:
+        """Write what a model is told when its answer cannot be read."""
         ...
 
     async def read(self, io: Io, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:

@@ -15,17 +15,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import dspylite
+from dspylite.adapters.baml import BAMLAdapter
 from dspylite.adapters.base import Adapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
+from dspylite.adapters.two_step import TwoStepAdapter
+from dspylite.adapters.types.base import Type
+from dspylite.adapters.types.history import History
+from dspylite.adapters.xml import XMLAdapter
 from dspylite.models.offline.evidence import Evidence, Passage
+from dspylite.models.offline.notation import read_notation
 from dspylite.models.offline.prompts import read_prompt
 from dspylite.models.offline.reading import read_and_answer
 from dspylite.models.offline.sentences import clean, split_sentences, terms
 from dspylite.schema.messages import Message
 from dspylite.schema.signature import InputField, OutputField, make_signature
 
-ADAPTERS = (ChatAdapter(), JSONAdapter())
+ADAPTERS = (ChatAdapter(), JSONAdapter(), XMLAdapter(), BAMLAdapter())
 SOLAR = [
     "# Planets\n\nMars is red. Mars has two moons, Phobos and Deimos.",
     "Jupiter is the largest planet. It was observed by Galileo Galilei in 1610.",
@@ -236,6 +243,56 @@ def test_a_demo_is_not_taken_for_the_question() -> None:
     inputs = {"context": "Dogs bark.", "question": "Who barks?"}
     prompt = ADAPTERS[0].format(signature, [demo], inputs)
     assert ADAPTERS[0].parse(signature, read_and_answer(prompt)) == {"answer": "Dogs bark."}
+
+
+SPEC = "context, question -> reasoning, answer, count: int"
+EVIDENCE = {"context": "Mars has two moons. Dogs bark.", "question": "How many moons has Mars?"}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_conversation_is_answered_at_its_end(adapter: Adapter) -> None:
+    """Turns before the question are neither the question nor the form."""
+    fields: dict[str, Any] = {name: (str, InputField()) for name in ("context", "question")}
+    fields |= {"history": (History, InputField()), "count": (int, OutputField())}
+    signature = make_signature(fields)
+    turns = [{"context": "Cats purr 9 times.", "question": "How often do cats purr?", "count": 9}]
+    prompt = adapter.format(signature, [], {**EVIDENCE, "history": History(messages=turns)})
+    assert adapter.parse(signature, read_and_answer(prompt)) == {"count": 2}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_content_parts_are_read_for_their_text(adapter: Adapter) -> None:
+    """A picture says nothing here, and what stands around it does."""
+
+    class Photo(Type):
+        def format(self) -> list[dict[str, Any]]:
+            return [{"type": "image_url", "image_url": {"url": "https://e.org/a"}}]
+
+    fields: dict[str, Any] = {"photo": (Photo, InputField()), "photos": (list[Any], InputField())}
+    fields |= {name: (str, InputField()) for name in ("context", "question")}
+    signature = make_signature({**fields, "count": (int, OutputField())})
+    inputs = {"photo": Photo(), "photos": [Photo(), "x"], **EVIDENCE}
+    prompt = adapter.format(signature, [], inputs)
+    assert isinstance(prompt[-1]["content"], list)
+    assert adapter.parse(signature, read_and_answer(prompt)) == {"count": 2}
+
+
+def test_both_steps_of_two_are_answered() -> None:
+    """In words that name each output first, and then in sections out of these words."""
+    lm = dspylite.LM("offline/extractive")
+    with dspylite.context(lm=lm, adapter=TwoStepAdapter(lm)):
+        found = dspylite.Predict(SPEC)(**EVIDENCE)
+    assert found.count == 2
+    assert found["answer"] == "Mars has two moons."
+
+
+def test_a_notation_that_is_not_understood_fits_anything() -> None:
+    """A prompt of somebody else's may look like ours."""
+    whole = read_notation("{\n  a: words, and {more,\n  b: int (?),\n  c: int,\n}", 0)
+    assert whole["properties"]["c"] == {"type": "integer"}
+    deep = "{\n  a: " + "(" * 100_000
+    for text in ("{", "{\n  a", "{\n  a: ", "{\n  a: (", "{" * 100_000, deep):
+        assert read_notation(text, 0)["type"] == "object"
 
 
 # --- Text ----------------------------------------------------------------------------------------

@@ -10,15 +10,15 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from dspylite.abc import Io, LanguageModel
 from dspylite.adapters.content import ContentBuilder
 from dspylite.adapters.native import NativeFeatures, without
 from dspylite.adapters.streaming import FieldReader
-from dspylite.adapters.turns import NOT_SAID, conversation, history_field
+from dspylite.adapters.turns import NOT_SAID, conversation, history_field, turns_of
 from dspylite.adapters.types.base import Type
-from dspylite.adapters.values import MAX_CHARS, describe, format_value
+from dspylite.adapters.values import MAX_CHARS, describe, format_value, takes_none
 from dspylite.errors import AdapterParseError, SavingError
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import checked_callbacks
@@ -63,7 +63,9 @@ def section(name: str, text: str) -> str:
     return f"{header(name)}\n{fence(text)}"
 
 
-def repair_turn(answer: str, error: AdapterParseError) -> list[Message]:
+def repair_turn(
+    answer: str, error: AdapterParseError, escape: Callable[[str], str] = fence
+) -> list[Message]:
     """Write what a model is told when its answer cannot be read: that answer, and what is wrong.
 
     What is wrong may quote the answer, so it is escaped like any other data.
@@ -73,7 +75,7 @@ def repair_turn(answer: str, error: AdapterParseError) -> list[Message]:
         {
             "role": "user",
             "content": (
-                f"This answer cannot be read: {fence(error.message)}\n"
+                f"This answer cannot be read: {escape(error.message)}\n"
                 "Answer once more, in full and in exactly the form asked for above."
             ),
         },
@@ -115,6 +117,17 @@ class Adapter:
 
     _reads_reason: ClassVar[bool] = True
 
+    callbacks: tuple[Any, ...] = ()
+    native: NativeFeatures = NativeFeatures()
+    _tasks: dict[type[Signature], str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the store of written tasks, also for a subclass that never calls `__init__`."""
+        del args, kwargs
+        made = super().__new__(cls)
+        made._tasks = {}
+        return made
+
     def __init__(
         self,
         callbacks: Sequence[Any] | None = None,
@@ -126,7 +139,6 @@ class Adapter:
         self.native = NativeFeatures(
             use_native_function_calling, native_response_types, parallel_tool_calls
         )
-        self._tasks: dict[type[Signature], str] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """See which of the ways to be overridden a subclass uses.
@@ -347,14 +359,20 @@ class Adapter:
     ) -> list[Message]:
         """Write each demo as a question with its answer.
 
-        One that has no output of the signature shows nothing, and is left out.
+        One that has no output of the signature shows nothing, and is left out. None is no value,
+        unless the type of the field has it.
         """
         messages: list[Message] = []
         for demo in demos:
             if all(demo.get(name) is None for name in signature.output_fields):
                 continue
-            question = self.format_user_message_content(signature, demo)
-            answer = self.format_assistant_message_content(signature, demo, NOT_GIVEN)
+            shown = {
+                name: demo[name]
+                for name, field in signature.fields.items()
+                if demo.get(name) is not None or (name in demo and takes_none(field))
+            }
+            question = self.format_user_message_content(signature, shown)
+            answer = self.format_assistant_message_content(signature, shown, NOT_GIVEN)
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
         return messages
@@ -362,9 +380,13 @@ class Adapter:
     def format_conversation_history(
         self, signature: type[Signature], history_field_name: str, inputs: Mapping[str, Any]
     ) -> list[Message]:
-        """Write the turns of a conversation, each as a question with its answer."""
-        history = inputs.get(history_field_name)
-        return [] if history is None else conversation(self, signature, history.messages)
+        """Write the turns of a conversation, each as a question with its answer.
+
+        Raises:
+            InputFieldError: The input is no conversation.
+        """
+        turns = turns_of(history_field_name, inputs.get(history_field_name))
+        return conversation(self, signature, turns)
 
     def format_user_message_content(
         self,
@@ -386,21 +408,31 @@ class Adapter:
         Returns:
             Text, or content parts if a value has some.
         """
-        builder = ContentBuilder(functools.partial(self.escape, signature))
+        builder: ContentBuilder | None = None
         parts = [prefix] if prefix else []
         for name, field in signature.input_fields.items():
             if inputs.get(name) is NOT_SAID:
                 continue
             if name in inputs:
-                text = format_value(inputs[name], builder)
+                text = inputs[name]
+                if type(text) is not str:
+                    builder = builder or ContentBuilder(functools.partial(self.escape, signature))
+                    text = format_value(text, builder)
                 parts.append(self.format_input(signature, name, text))
             elif field.required:
                 parts.append(self.format_input(signature, name, NOT_GIVEN))
-        if main_request and (reminder := self.format_reminder(signature)):
+        if main_request and (reminder := self.user_message_output_requirements(signature)):
             parts.append(reminder)
         if suffix:
             parts.append(suffix)
-        return builder.content("\n\n".join(parts))
+        written = "\n\n".join(parts)
+        return builder.content(written) if builder is not None else written
+
+    def format_repair(
+        self, signature: type[Signature], answer: str, error: AdapterParseError
+    ) -> list[Message]:
+        """Write what a model is told when its answer cannot be read."""
+        return repair_turn(answer, error, functools.partial(self.escape, signature))
 
     def escape(self, signature: type[Signature], text: str) -> str:
         """Make text of a user harmless, so that it opens no field."""
@@ -412,7 +444,7 @@ class Adapter:
         del signature
         return section(name, text)
 
-    def format_reminder(self, signature: type[Signature]) -> str:
+    def user_message_output_requirements(self, signature: type[Signature]) -> str:
         """Say in one line, after the inputs, what to write; nothing here."""
         del signature
         return ""

@@ -38,12 +38,26 @@ class ContentBuilder:
     def put(self, parts: list[dict[str, Any]]) -> str:
         """Take content parts; return the mark that stands for them in the text."""
         self._nonce = self._nonce or secrets.token_hex(12)
-        self._parts.append([self._harmless(part) for part in parts])
+        joined: list[dict[str, Any]] = []
+        for part in parts:
+            if _is_text(part):
+                _add_text(joined, part["text"])  # before escaping: two halves may make a whole
+            else:
+                joined.append(part)
+        self._parts.append([self._harmless(part) for part in joined])
         return f"@{self._nonce}-{len(self._parts) - 1}@"
 
     def _harmless(self, part: dict[str, Any]) -> dict[str, Any]:
         text = part.get("text")
         return {**part, "text": self._escape(text)} if isinstance(text, str) else dict(part)
+
+    def _add(self, parts: list[dict[str, Any]], text: str) -> None:
+        """Add text behind other text; on a line of its own where the two would make a marker."""
+        before = parts[-1]["text"].rpartition("\n")[2] if parts and _is_text(parts[-1]) else ""
+        line = text.partition("\n")[0]
+        if before and line and self._escape(before + line) != self._escape(before) + line:
+            text = f"\n{text}"
+        _add_text(parts, text)
 
     def content(self, text: str) -> str | list[dict[str, Any]]:
         """Return the text as it is, or cut into parts where there are some."""
@@ -53,20 +67,24 @@ class ContentBuilder:
         pieces = re.split(f'("?)@{self._nonce}-([0-9]+)@\\1', text)
         found: list[dict[str, Any]] = []
         for place in range(0, len(pieces), 3):
-            _add_text(found, pieces[place])
+            self._add(found, pieces[place])
             if place + 2 < len(pieces):
                 for part in self._parts[int(pieces[place + 2])]:
-                    if part["type"] == "text" and set(part) == {"type", "text"}:
-                        _add_text(found, part["text"])
+                    if _is_text(part):
+                        self._add(found, part["text"])
                     else:
                         found.append(part)
         return found
 
 
+def _is_text(part: dict[str, Any]) -> bool:
+    return part.keys() == {"type", "text"} and part["type"] == "text"
+
+
 def _add_text(parts: list[dict[str, Any]], text: str) -> None:
     if not text:
         return
-    if parts and set(parts[-1]) == {"type", "text"}:
+    if parts and _is_text(parts[-1]):
         parts[-1] = {"type": "text", "text": parts[-1]["text"] + text}
     else:
         parts.append({"type": "text", "text": text})

@@ -6,6 +6,7 @@ Not here: mending and bounding of JSON (`adapters/values.py`).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -79,7 +80,7 @@ class JSONAdapter(Adapter):
         shape = ", ".join(f'"{name}": <{name}>' for name in signature.output_fields)
         return f"Answer with one JSON object and nothing else:\n\n{{{shape}}}"
 
-    def format_reminder(self, signature: type[Signature]) -> str:
+    def user_message_output_requirements(self, signature: type[Signature]) -> str:
         """Name the keys to write."""
         if not signature.output_fields:
             return ""
@@ -125,12 +126,13 @@ class JSONAdapter(Adapter):
         return ObjectReader(signature.output_fields)
 
     def _find_object(self, signature: type[Signature], completion: str, reason: str) -> Any:
-        spans, cut = _outermost_braces(completion)
+        spans, stray, cut = _outermost_braces(completion)
         if cut:  # what is closed already may lie inside, and would be taken for the whole
             reason = "it is cut, for a brace is never closed"
             raise self.error(signature, completion, f"The answer is not one JSON object: {reason}.")
         spans = [span for span in spans if _OPENING.match(completion, span[0])]
         found: list[dict[str, Any]] = []
+        end_found, around = 0, ""
         for start, end in spans[:MAX_OBJECTS]:
             try:
                 value = parse_json(completion[start:end])
@@ -138,22 +140,34 @@ class JSONAdapter(Adapter):
                 continue
             if isinstance(value, dict) and any(name in value for name in signature.output_fields):
                 found.append(value)
+                end_found, around = end, f"{completion[:start]} {completion[end:]}"
         count = len(found) if len(spans) <= MAX_OBJECTS else len(spans)
         if count > 1:
             reason = f"it holds {count} objects, which is ambiguous"
+        elif found and (stray > end_found or _keys(signature).search(around)):
+            # What ends too early may have been ended by a text quoted in it, without escapes.
+            reason = "it goes on behind its end or begins before it, which is ambiguous"
         elif found:
             return found[0]
         raise self.error(signature, completion, f"The answer is not one JSON object: {reason}.")
 
 
-def _outermost_braces(text: str) -> tuple[list[tuple[int, int]], bool]:
+@functools.lru_cache(maxsize=1024)
+def _keys(signature: type[Signature]) -> re.Pattern[str]:
+    names = "|".join(re.escape(name) for name in signature.output_fields)
+    return re.compile(rf"""(["'])(?:{names})\1\s*:""")
+
+
+def _outermost_braces(text: str) -> tuple[list[tuple[int, int]], int, bool]:
     """Find the spans of matching braces that lie in no other such span, in one pass.
 
     Quotes count inside braces only: outside, they are prose.
 
     Returns:
-        The spans in order, and whether a brace is opened and never closed.
+        The spans in order, the end of the last brace that closes nothing (0 without), and whether a
+        brace is opened and never closed.
     """
+    stray = 0
     opened: list[int] = []
     spans: list[tuple[int, int]] = []
     in_string, skip = False, -1
@@ -174,7 +188,9 @@ def _outermost_braces(text: str) -> tuple[list[tuple[int, int]], bool]:
             while spans and spans[-1][0] > start:
                 spans.pop()
             spans.append((start, place + 1))
-    return spans, bool(opened)
+        else:
+            stray = place + 1
+    return spans, stray, bool(opened)
 
 
 def _structured(signature: type[Signature], capabilities: frozenset[str]) -> dict[str, Any]:

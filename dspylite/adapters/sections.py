@@ -85,7 +85,7 @@ class ChatAdapter(Adapter):
             f"nothing else:\n\n{shape}\n\n{header(END)}"
         )
 
-    def format_reminder(self, signature: type[Signature]) -> str:
+    def user_message_output_requirements(self, signature: type[Signature]) -> str:
         """Name the sections to write."""
         if not signature.output_fields:
             return ""
@@ -116,18 +116,21 @@ class ChatAdapter(Adapter):
         part of the value it stands in.
 
         Raises:
-            AdapterParseError: An output is missing, comes twice, does not fit its type, or the
-                answer was cut off.
+            AdapterParseError: An output is missing, comes twice, does not fit its type, the end
+                marker comes twice with text between, or the answer was cut off.
         """
         outputs = signature.output_fields
         marks = [m for m in _HEADER.finditer(completion) if m[1] in outputs or m[1] == END]
         found: dict[str, str] = {}
-        complete = False
+        complete, ended = False, 0
         for place, mark in enumerate(marks):
             name = mark[1]
             stop = marks[place + 1].start() if place + 1 < len(marks) else len(completion)
             if name == END and (END not in outputs or END in found):
-                complete = True
+                if complete and completion[ended : mark.start()].strip():
+                    reason = "There is text between two end markers, which is ambiguous."
+                    raise self.error(signature, completion, reason)
+                complete, ended = True, mark.end()
             elif name in found:
                 raise self.error(
                     signature, completion, f"`{name}` comes twice, which is ambiguous."
@@ -137,7 +140,11 @@ class ChatAdapter(Adapter):
             else:
                 found[name] = unfence(completion[mark.end() : stop]).strip()
         complete = complete or (self.accept_truncated and finish_reason == "length")
-        if not complete and finish_reason not in COMPLETE_REASONS:
+        is_cut = finish_reason not in COMPLETE_REASONS
+        if not is_cut and not complete:  # a marker that has begun and does not end
+            is_cut = completion[completion.rfind("\n") + 1 :].lstrip(" \t").startswith("[[ ##")
+            is_cut = is_cut and not (marks and marks[-1].end() > completion.rfind("\n"))
+        if is_cut and not complete:
             raise self.error(
                 signature,
                 completion,

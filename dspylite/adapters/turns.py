@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterable, Mapping
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
+
+import pydantic
 
 from dspylite.adapters.native import without
 from dspylite.adapters.types.history import History
 from dspylite.adapters.types.tools import ToolCall, ToolCallResults, ToolCalls
 from dspylite.adapters.values import format_value, to_json
+from dspylite.errors import InputFieldError
 from dspylite.schema.messages import Message
 from dspylite.schema.signature import Signature
 
@@ -50,6 +55,10 @@ class Writer(Protocol):
         """Write one input."""
         ...
 
+    def escape(self, signature: type[Signature], text: str) -> str:
+        """Make text of others harmless."""
+        ...
+
     @property
     def use_native_function_calling(self) -> bool:
         """Whether calls are told in the provider's own form."""
@@ -60,9 +69,32 @@ class Writer(Protocol):
 def history_field(signature: type[Signature]) -> str | None:
     """Name the input that holds the conversation; None without one."""
     for name, field in signature.input_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, History):
+        kinds = typing.get_args(field.annotation) or (field.annotation,)  # also beside None
+        is_union = typing.get_origin(field.annotation) in {typing.Union, types.UnionType, None}
+        if is_union and any(isinstance(kind, type) and issubclass(kind, History) for kind in kinds):
             return name
     return None
+
+
+def turns_of(name: str, given: Any) -> Sequence[Mapping[str, Any]]:
+    """Return the turns of a conversation, which may also come as DSPy's saved dict or as a list.
+
+    Raises:
+        InputFieldError: It is none.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, History):
+        return given.messages
+    try:
+        return History.model_validate(
+            {"messages": given} if isinstance(given, list) else given
+        ).messages
+    except pydantic.ValidationError:
+        raise InputFieldError(
+            f"The input `{name}` must be a `History` of turns, each a dict of values by field; not "
+            f"a value of the type `{type(given).__name__}`."
+        ) from None
 
 
 def conversation(
@@ -73,8 +105,10 @@ def conversation(
     for turn in turns:
         given = tuple(name for name in signature.input_fields if turn.get(name) is not None)
         if given:
-            asked = _only(signature, given)
-            content = writer.format_user_message_content(asked, turn)
+            # Adapters escape by the whole signature, so it is cut only where a value is missing.
+            is_whole = all(n in given or not f.required for n, f in signature.input_fields.items())
+            asked = signature if is_whole else _only(signature, given)
+            content = writer.format_user_message_content(asked, {n: turn[n] for n in given})
             messages.append({"role": "user", "content": content})
         messages += _answer(writer, signature, turn)
     return messages
@@ -96,13 +130,14 @@ def _answer(writer: Writer, signature: type[Signature], turn: Mapping[str, Any])
     shown = dict(turn)
     if calls is not None and name is not None and not is_native:
         shown[name] = ToolCalls(tool_calls=calls.tool_calls)
-    text = writer.format_assistant_message_content(_only(signature, said), shown) if said else ""
+    values = {each: shown[each] for each in said}
+    text = writer.format_assistant_message_content(signature, values) if said else ""
     messages: list[Message] = []
     if is_native and calls is not None and results is not None and _belong(calls, results):
         wanted = [_as_message_call(call) for call in calls.tool_calls]
         messages.append({"role": "assistant", "content": text or None, "tool_calls": wanted})
         for result in results.tool_call_results:
-            value = format_value(result.value)
+            value = writer.escape(signature, format_value(result.value))
             messages.append(
                 {"role": "tool", "tool_call_id": result.call_id or "", "content": value}
             )

@@ -5,12 +5,14 @@ Not here: the form of the second step, which is `ChatAdapter`'s.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dspylite.abc import Io, LanguageModel
 from dspylite.adapters.base import Adapter, list_fields
 from dspylite.adapters.sections import ChatAdapter
+from dspylite.adapters.turns import history_field
 from dspylite.adapters.values import format_value
 from dspylite.errors import AdapterParseError, LMConfigurationError
 from dspylite.runtime.flow import BLOCKING, run_flow
@@ -54,8 +56,10 @@ class TwoStepAdapter(Adapter):
     def format_field_description(self, signature: type[Signature]) -> str:
         """List the inputs, and what the answer must say."""
         parts: list[str] = []
-        if signature.input_fields:
-            parts.append(f"Inputs:\n{list_fields(signature.input_fields, outputs=False)}")
+        history = history_field(signature)
+        inputs = {n: field for n, field in signature.input_fields.items() if n != history}
+        if inputs:
+            parts.append(f"Inputs:\n{list_fields(inputs, outputs=False)}")
         wanted = list_fields(signature.output_fields, outputs=True)
         parts.append(
             "Answer in your own words. Another model will read the answer and take these out of "
@@ -111,9 +115,10 @@ class TwoStepAdapter(Adapter):
         if not text.strip():
             raise self.error(signature, text, "The model answered nothing to extract from.")
         asked = _extraction(signature)
+        (source,) = asked.input_fields
         try:
             rows = await self._extracting.ask(
-                io, self.extraction_model, {}, asked, (), {"text": text}
+                io, self.extraction_model, {}, asked, (), {source: text}
             )
         except AdapterParseError as error:
             reason = f"The outputs could not be extracted: {error.message}"
@@ -121,6 +126,7 @@ class TwoStepAdapter(Adapter):
         return {name: rows[0].get(name) for name in signature.output_fields}
 
 
+@functools.lru_cache(maxsize=1024)
 def _extraction(signature: type[Signature]) -> type[AnySignature]:
     """Make the signature of the second step: from a text to the outputs of the first."""
     source = "text"

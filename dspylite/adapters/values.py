@@ -200,6 +200,19 @@ def type_adapter(
         return _cached_adapter.__wrapped__(annotation, constraints)
 
 
+def takes_none(field: Field) -> bool:
+    """Tell whether None is a value of the field's type.
+
+    Example:
+        >>> takes_none(Field(kind="output", name="n", annotation=int | None))
+        True
+    """
+    annotation = field.annotation
+    return annotation in (Any, object, None, type(None)) or any(
+        each in (Any, None, type(None)) for each in _alternatives(annotation)
+    )
+
+
 def check_readable(field: Field) -> None:
     """Refuse an output whose type or bounds no answer could be read into.
 
@@ -468,8 +481,16 @@ _NOISE = re.compile(
 )
 
 
+# What would take text out of an object, or hide a key in another value, is no noise: text quoted
+# without escapes could have put it there.
+_QUOTE = re.compile(r"""\"|(?<!\w)'|'(?!\w)""")
+_KEY = re.compile(r'"\s*:')
+
+
 def mend_json(text: str) -> str:
     r"""Rewrite syntax noise as JSON: trailing commas, comments, Python's quotes and constants.
+
+    Comments with quotes in them stay, and so do single-quoted texts that hold a key.
 
     Example:
         >>> mend_json("{'it': \"isn't\", 'ok': True,}")
@@ -483,8 +504,12 @@ def _mend(match: re.Match[str]) -> str:
     match match.lastgroup:
         case "single" if match["closed"]:
             inner = found[1:-1].replace("\\'", "'")
+            if _KEY.search(inner):
+                return found
             return '"' + re.sub(r'(?<!\\)"', r"\"", inner) + '"'
-        case "comment" | "comma":
+        case "comment":
+            return found if _QUOTE.search(found) else ""
+        case "comma":
             return ""
         case "word":
             return {"True": "true", "False": "false", "None": "null"}[found]

@@ -37,18 +37,21 @@ class XMLAdapter(ChatAdapter):
         shape = "\n\n".join(_element(name, f"({name})") for name in signature.output_fields)
         return f"Write each output between its tags, in this order, and nothing else:\n\n{shape}"
 
-    def format_reminder(self, signature: type[Signature]) -> str:
+    def user_message_output_requirements(self, signature: type[Signature]) -> str:
         """Name the elements to write."""
         names = ", then ".join(f"`<{name}>`" for name in signature.output_fields)
         return f"Write {names}, each closed by its end tag." if names else ""
 
     def escape(self, signature: type[Signature], text: str) -> str:
         """Put a backslash into tags of the signature's fields."""
-        return _tags(signature).sub(r"<\\\1\2\3>", text) if "<" in text else text
+        return _tags(signature).sub(r"<\\\1\2\3\4>", text) if "<" in text else text
 
     def format_input(self, signature: type[Signature], name: str, text: str) -> str:
         """Write one input between its tags."""
-        return _element(name, self.escape(signature, text))
+        text = self.escape(signature, text)
+        if name not in signature.fields:  # such as what tools have given
+            text = text.replace(f"</{name}", f"<\\/{name}")
+        return _element(name, text)
 
     def format_assistant_message_content(
         self,
@@ -81,7 +84,7 @@ class XMLAdapter(ChatAdapter):
         found: dict[str, str] = {}
         name, start = "", 0
         for tag in _tags(signature).finditer(completion):
-            backslashes, slash, tagged = tag.groups()
+            backslashes, slash, tagged, _ = tag.groups()
             if backslashes or tagged not in outputs or (name and tagged != name):
                 continue
             if bool(slash) != bool(name):
@@ -109,7 +112,7 @@ class XMLAdapter(ChatAdapter):
         return ElementReader(signature.output_fields, signature.fields)
 
     def _unescape(self, signature: type[Signature], text: str) -> str:
-        return _escaped_tags(signature).sub(r"<\1\2\3>", text) if "<\\" in text else text
+        return _escaped_tags(signature).sub(r"<\1\2\3\4>", text) if "<\\" in text else text
 
 
 def _element(name: str, text: str) -> str:
@@ -120,13 +123,13 @@ def _element(name: str, text: str) -> str:
 def _tags(signature: type[Signature]) -> re.Pattern[str]:
     """Match tags of the signature's fields: backslashes, slash, name."""
     names = "|".join(re.escape(name) for name in signature.fields)
-    return re.compile(rf"<(\\*)(/?)({names})[ \t]*>")
+    return re.compile(rf"<(\\*)(/?)({names})([ \t]*)>")
 
 
 @functools.lru_cache(maxsize=1024)
 def _escaped_tags(signature: type[Signature]) -> re.Pattern[str]:
     names = "|".join(re.escape(name) for name in signature.fields)
-    return re.compile(rf"<\\(\\*)(/?)({names})[ \t]*>")
+    return re.compile(rf"<\\(\\*)(/?)({names})([ \t]*)>")
 
 
 def _read_value(field: Field, text: str) -> Any:

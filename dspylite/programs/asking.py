@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspylite.abc import Adapter, Io, LanguageModel, StreamEar
-from dspylite.adapters.base import repair_turn
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.errors import AdapterParseError, TruncatedError
 from dspylite.runtime.calls import Observed
@@ -58,7 +57,7 @@ async def _own_way(io: Io, adapter: Adapter, question: Question) -> Prediction:
     door = await own_form(io, adapter, "__call__", "acall") or adapter
     rows = await io.any(
         door,
-        lm=question.lm,
+        question.lm,
         lm_kwargs=dict(question.params),
         signature=question.signature,
         demos=list(question.demos),
@@ -171,7 +170,8 @@ class _Asking:
             if isinstance(error, TruncatedError):  # the next one would be cut as well
                 break
             logger.debug("%s; telling the model", error.message)
-            messages = [*messages, *repair_turn(output.text, error)]
+            turn = self._adapter.format_repair(self._plan.written, output.text, error)
+            messages = [*messages, *turn]
             response = await self._send(messages, {**params, "n": None}, ear)
             output = response.outputs[0]
             is_readable = False

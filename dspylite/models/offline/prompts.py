@@ -11,14 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
+from dspylite.models.offline.notation import read_notation
 from dspylite.schema.messages import Message
 
-Form = Literal["sections", "json", "text"]
+Form = Literal["sections", "elements", "json", "words", "text"]
 
 END = "completed"
 """Name of the section that ends an answer."""
 
 _NOT_GIVEN = "(not given in this example)"  # must match `adapters/base.py`
+
+_OPENING_TAG = re.compile(r"^<([^\s<>/\\]+)>\n", re.MULTILINE)
+_ESCAPED_TAG = re.compile(r"<\\(\\*/?[^\s<>/\\]+[ \t]*>)")
 
 # `\S`, not `\w`: an identifier may hold marks that are no word characters, as in Hindi.
 _HEADER = re.compile(r"^\[\[ ## (\S+) ## \]\][ \t]*$", re.MULTILINE)
@@ -29,10 +33,16 @@ _NAMED_KEYS = re.compile(
     r"\bJSON object\b[^`?\n]{0,60}\b(?:keys|fields)\b[^`?\n]{0,20}"
     r"(`[^`\s]+`(?:(?: \([^`()]{0,200}\))?,?(?: and| then)? `[^`\s]+`)*)"
 )
-_OUTPUTS = re.compile(r"^(?:Outputs|Your output fields are):[ \t]*$", re.MULTILINE)
+_NAMED_TAGS = re.compile(r"`<([^<>`\s]+)>`(?=, then `<|, each closed by its end tag)")
+_OUTPUTS = re.compile(
+    r"^(?:Outputs:|Your output fields are:|Answer in your own words\. .*:)[ \t]*$", re.MULTILINE
+)
+_IN_WORDS = "Answer in your own words. Another model will read the answer"
+_NOTATION = "all keys in double quotes, of this form:\n\n{"
 _ENTRY = re.compile(r"^(?:-|\d{1,3}\.) `([^`\s]+)` \(", re.MULTILINE)
 _LIST_ENDS = (
     "\n\nWrite each output below its header line",
+    "\n\nWrite each output between its tags",
     "\n\nAnswer with one JSON object",
     "\nAll interactions will be structured",
 )
@@ -105,11 +115,14 @@ class Prompt:
     """A prompt, understood.
 
     Attributes:
-        form: How the answer is to be written; "text" where no form is recognised.
+        form: How the answer is to be written: "sections" under headers, "elements" between
+            tags, one "json" object, "words" that name each output, or "text" where no form is
+            recognised.
         wanted: The outputs, in the order asked; none where the form is "text".
         instructions: The task in words.
         inputs: The inputs by name, JSON already read; one named "" where there are no sections.
         earlier: What the user said before, where there are no sections.
+        names: The names of all inputs and outputs.
     """
 
     form: Form
@@ -117,6 +130,7 @@ class Prompt:
     instructions: str = ""
     inputs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     earlier: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 def fence(text: str) -> str:
@@ -127,6 +141,19 @@ def fence(text: str) -> str:
         '\\[[ ## answer ## ]]'
     """
     return _MARKER_LINE.sub(r"\1\\\2\3", text) if "[[ ##" in text else text
+
+
+def escape_tags(text: str, names: Sequence[str]) -> str:
+    r"""Put a backslash into tags of these names, as `XMLAdapter` does.
+
+    Example:
+        >>> print(escape_tags("</a>", ["a"]))
+        <\/a>
+    """
+    if "<" not in text:
+        return text
+    listed = "|".join(re.escape(name) for name in names)
+    return re.sub(rf"<(?=\\*/?(?:{listed})[ \t]*>)", r"<\\", text)
 
 
 def header(name: str) -> str:
@@ -149,19 +176,45 @@ def read_prompt(messages: Sequence[Message]) -> Prompt:
     reminded = bool(names)
     if not reminded:
         form = "json" if "JSON object" in system else "text"
+        form = "words" if _IN_WORDS in system else form
         form = "sections" if header(END) in system else form
-    listed = _read_outputs(system, names, typed_choices=form == "json")
+    task = list(_TASK.finditer(system))
+    shown = system.rfind(_NOTATION) if form == "json" else -1
+    if shown >= 0:
+        listed = _read_shown(system, shown + len(_NOTATION) - 1)
+    else:
+        until = task[-1].start() if task else len(system)
+        listed = _read_outputs(system[:until], names, typed_choices=form == "json")
     wanted = [listed.get(name, Wanted(name=name)) for name in names] or list(listed.values())
     if form == "text" or not wanted:
         return Prompt(form="text", inputs={"": asking}, earlier=tuple(users[:-1]))
-    task = list(_TASK.finditer(system))
     instructions = system[task[-1].end() :].strip() if task else ""
     return Prompt(
         form=form,
         wanted=tuple(wanted),
         instructions="" if _MADE_TASK.fullmatch(instructions) else instructions,
-        inputs=_read_inputs(asking, reminded=reminded),
+        inputs=(
+            _read_elements(asking)
+            if form == "elements"
+            else _read_inputs(asking, reminded=reminded)
+        ),
+        names=tuple(dict.fromkeys([*_ENTRY.findall(system), *names])),
     )
+
+
+def _read_shown(system: str, start: int) -> dict[str, Wanted]:
+    """Read the outputs off an object that shows their types."""
+    whole = read_notation(system, start)
+    definitions = {"$defs": whole["$defs"]} if "$defs" in whole else {}
+    return {
+        name: Wanted(
+            name=name,
+            schema={**{k: v for k, v in schema.items() if k != "description"}, **definitions},
+            desc=str(schema.get("description", "")),
+            as_json=True,
+        )
+        for name, schema in whole["properties"].items()
+    }
 
 
 def _text_of(message: Message) -> str:
@@ -188,6 +241,8 @@ def _reminded(text: str) -> tuple[Form, list[str]]:
         names.pop()
     if names:
         return "sections", list(dict.fromkeys(names))
+    if tags := _NAMED_TAGS.findall(last):
+        return "elements", list(dict.fromkeys(tags))
     if keys := _NAMED_KEYS.search(last):
         return "json", list(dict.fromkeys(re.findall(r"`([^`\s]+)`", keys[1])))
     return "text", []
@@ -361,6 +416,22 @@ def _read_inputs(content: str, *, reminded: bool) -> dict[str, Any]:
             text = _ESCAPED_LINE.sub(r"\1\2", text)
         if text not in {_NOT_GIVEN, "null", ""}:
             inputs[mark[1]] = _value(text)
+    return inputs
+
+
+def _read_elements(content: str) -> dict[str, Any]:
+    """Read the elements of the user's message, and undo the escaping of tags in them."""
+    inputs: dict[str, Any] = {}
+    place = 0
+    while opening := _OPENING_TAG.search(content, place):
+        name = opening[1]
+        closing = content.find(f"\n</{name}>", opening.end() - 1)
+        if closing < 0:
+            break
+        text = _ESCAPED_TAG.sub(r"<\1", content[opening.end() : closing]).strip()
+        place = closing + len(name) + 4
+        if text not in {_NOT_GIVEN, "null", ""}:
+            inputs[name] = _value(text)
     return inputs
 
 

@@ -18,6 +18,7 @@ from dspylite.models.offline.prompts import (
     Prompt,
     Wanted,
     encodable,
+    escape_tags,
     fence,
     header,
     read_prompt,
@@ -75,11 +76,23 @@ def read_and_answer(messages: Sequence[Message]) -> str:
     values = {wanted.name: _value(wanted, inquiry, main) for wanted in prompt.wanted}
     if prompt.form == "json":
         return encodable(json.dumps(values, ensure_ascii=False))
+    if prompt.form in {"elements", "words"}:
+        return encodable(_plainly(prompt, values))
     parts = [
         f"{header(wanted.name)}\n{fence(_written(wanted, values[wanted.name]))}"
         for wanted in prompt.wanted
     ]
     return encodable("\n\n".join([*parts, header(END)]))
+
+
+def _plainly(prompt: Prompt, values: Mapping[str, Any]) -> str:
+    """Write values between tags, or each on a line behind its name."""
+    texts = {wanted.name: _written(wanted, values[wanted.name]) for wanted in prompt.wanted}
+    if prompt.form == "words":
+        return "\n".join(f"{name}: {text}" for name, text in texts.items())
+    return "\n\n".join(
+        f"<{name}>\n{escape_tags(text, prompt.names)}\n</{name}>" for name, text in texts.items()
+    )
 
 
 def _value(wanted: Wanted, inquiry: Inquiry, main: str) -> Any:
