@@ -27,6 +27,8 @@ from dspylite.adapters.xml import XMLAdapter
 from dspylite.concurrency.executors import asyncify, syncify
 from dspylite.concurrency.outcome import Outcome
 from dspylite.concurrency.parallel import Parallel
+from dspylite.dspy_paths import install as _install_paths
+from dspylite.dspy_paths import missing as _missing
 from dspylite.errors import (
     AdapterParseError,
     BatchError,
@@ -156,8 +158,15 @@ class _Face(types.ModuleType):
         """Put back the cache before the last assignment, as `unittest.mock.patch` expects it."""
         _cache.use_cache(vars(self).pop("_cache_before", _cache.current_cache()))
 
+    if not typing.TYPE_CHECKING:  # a checker knows which names there are
+
+        def __getattr__(self, name: str) -> typing.Any:
+            """Say why a name of DSPy's is not here."""
+            raise _missing(name)
+
 
 sys.modules[__name__].__class__ = _Face
+_install_paths(sys.modules[__name__])
 
 __all__ = [
     "Adapter",

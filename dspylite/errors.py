@@ -53,6 +53,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 E = TypeVar("E", bound=BaseException)
@@ -103,6 +104,20 @@ class DSPyError(Exception):
     http_status: ClassVar[int] = 500
     """What a web service should answer when this is why it cannot."""
 
+    # So that a handler of all of them may read these, which `LMError` fills.
+    code: str | None = None
+    model: str | None = None
+    provider: str | None = None
+    provider_code: str | None = None
+    status: int | None = None
+    request_id: str | None = None
+    retry_after: float | None = None
+
+    @cached_property
+    def message(self) -> str:
+        """What happened and what to do next."""
+        return str(self)
+
     def to_http(self) -> ErrorResponse:
         """Say this to the caller of a web service, without naming what lies behind the service.
 
@@ -111,17 +126,16 @@ class DSPyError(Exception):
             >>> answer.status, answer.headers["retry-after"], answer.body["error"]["code"]
             (429, '2', 'rate_limit')
         """
-        code = str(getattr(self, "code", None) or _snake(type(self).__name__))
+        code = str(self.code or _snake(type(self).__name__))
         headers = {"content-type": "application/json"}
-        wait_s: float | None = getattr(self, "retry_after", None)
+        wait_s = self.retry_after
         if wait_s is not None and math.isfinite(wait_s):
             headers["retry-after"] = str(max(0, math.ceil(wait_s)))  # HTTP knows whole seconds
         elif self.http_status in {429, 503}:
             headers["retry-after"] = "1"
         shown = {"type": type(self).__name__, "code": code, "message": self.http_message}
-        request_id: str | None = getattr(self, "request_id", None)
-        if request_id is not None:
-            shown["request_id"] = request_id
+        if self.request_id is not None:
+            shown["request_id"] = self.request_id
         return ErrorResponse(status=self.http_status, headers=headers, body={"error": shown})
 
     @property
@@ -494,6 +508,7 @@ class LMError(DSPyError):
     """
 
     default_code: ClassVar[str] = "lm_error"
+    code: str
     retryable: ClassVar[bool] = False
     """Whether the same request may succeed when it is sent again."""
 
@@ -512,7 +527,8 @@ class LMError(DSPyError):
     ) -> None:
         self.message = clip(message)
         super().__init__(self.message)
-        self.code = code or self.default_code
+        # Always known here, unlike in the base.
+        self.code = code or self.default_code  # pyright: ignore[reportIncompatibleVariableOverride]
         self.model = model
         self.provider = provider
         self.provider_code = provider_code

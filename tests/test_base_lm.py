@@ -433,7 +433,7 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "no tokens": ({"max_tokens": 0}, "`max_tokens` must be a number of more than 0"),
     "no time": ({"timeout": 0}, "`timeout` must be a number of more than 0"),
     "training": ({"provider": "x"}, "`provider` is not part of dspylite"),
-    "more training": ({"train_kwargs": {}}, "`train_kwargs` is not part of dspylite"),
+    "more training": ({"train_kwargs": {"epochs": 1}}, "`train_kwargs` is not part of dspylite"),
 }
 
 

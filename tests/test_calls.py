@@ -29,6 +29,7 @@ from dspylite import (
     bind,
     current_call,
 )
+from dspylite.runtime.frames import ACTIVE_CALL_ID
 from dspylite.testing import FakeLM, FakeServer, Reply
 
 
@@ -380,6 +381,44 @@ def test_ctrl_c_in_a_callback_leaves_no_call_open(method: str, recorder: Recorde
         lm("hi")
     assert recorder.names() == ["lm_start", "lm_end"]
     assert current_call() is None
+
+
+def test_active_call_id_is_that_of_the_innermost_call() -> None:
+    """Tracing tools written for DSPy read it; outside calls there is none."""
+    seen: list[tuple[str, str | None]] = []
+
+    class Look(BaseCallback):
+        def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+            seen.append((call_id, ACTIVE_CALL_ID.get()))
+
+    with dspylite.context(callbacks=[Look()], lm=FakeLM(default={"answer": "a"})):
+        Outer().batch([{}] * 3, num_threads=3)
+    assert all(told == found for told, found in seen)
+    assert len({told for told, _ in seen}) == 3
+    assert (ACTIVE_CALL_ID.get(), ACTIVE_CALL_ID.get("none")) == (None, "none")
+    with pytest.raises(AttributeError):
+        ACTIVE_CALL_ID.set("mine")  # type: ignore[attr-defined]  # pyright: ignore
+
+
+def test_callbacks_may_be_assigned_as_a_list() -> None:
+    """Those of an object are a tuple, so that no thread sees one half changed."""
+    heard: list[str] = []
+
+    class Hear(BaseCallback):
+        def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+            heard.append("module")
+
+        def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+            heard.append("lm")
+
+    lm, predict = FakeLM(default={"answer": "a"}), Predict("question -> answer")
+    for each in (lm, predict):
+        each.callbacks = [*each.callbacks, Hear()]
+    with dspylite.context(lm=lm):
+        predict(question="q")
+        predict.deepcopy()(question="q")
+    lm.copy()("q")
+    assert heard == ["module", "lm", "module", "lm", "lm"]
 
 
 def test_objects_without_any_handler_are_callbacks_too() -> None:

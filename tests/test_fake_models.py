@@ -1,6 +1,6 @@
 """`FakeLM`, `FakeEmbedder` and `FakeClock`: what users rely on when they test their programs.
 
-Not here: the fake server (`test_fake_server.py`).
+Not here: DSPy's fakes (`test_dummies.py`), and the fake server (`test_fake_server.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dspylite.errors import LMAuthError, LMServerError
 from dspylite.runtime.clock import CLOCK
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Usage
-from dspylite.testing import DummyLM, FakeClock, FakeEmbedder, FakeLM
+from dspylite.testing import FakeClock, FakeEmbedder, FakeLM
 
 # --- FakeLM: the script ------------------------------------------------------------------------
 
@@ -136,11 +136,6 @@ def test_copy_of_a_program_shares_the_script() -> None:
     copies = [lm.copy(temperature=1.0), copy.deepcopy(lm)]
     assert [twin("hi") for twin in copies] == [["one"], ["two"]]
     assert len(lm.requests) == 2
-
-
-def test_dspys_name_is_the_same_class() -> None:
-    """Tests written for DSPy keep their import."""
-    assert DummyLM is FakeLM
 
 
 # --- FakeLM: many at once ----------------------------------------------------------------------

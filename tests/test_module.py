@@ -485,10 +485,30 @@ def test_chain_of_thought_takes_another_reasoning_field() -> None:
     assert (found.type_name, found.desc) == ("list[str]", "steps")
 
 
-def test_chain_of_thought_over_a_reasoning_output_is_refused() -> None:
-    """Which of the two would be meant, nobody could tell."""
+def test_chain_of_thought_keeps_a_reasoning_output_of_the_signature_in_front() -> None:
+    """A program that declares its reasoning, with a type and words of its own, means that one."""
+    own = QA.append("reasoning", OutputField(desc="steps"), list[str])
+    think = ChainOfThought(own)
+    assert list(think.predict.signature.output_fields) == ["reasoning", "answer"]
+    assert think.predict.signature.output_fields["reasoning"] == own.output_fields["reasoning"]
+    assert think.predict.signature.instructions == QA.instructions
+    with dspylite.context(lm=FakeLM([{"reasoning": ["one", "two"], "answer": "a"}])):
+        assert think(question="q")["reasoning"] == ["one", "two"]
+
+
+def test_chain_of_thought_prefers_the_rationale_field_it_is_given() -> None:
+    """What is said to the predictor itself goes before what the signature says."""
+    field = OutputField(desc="mine")
+    think = ChainOfThought("question -> reasoning: list[str], answer", rationale_field=field)
+    found = think.predict.signature.output_fields["reasoning"]
+    assert (found.type_name, found.desc) == ("str", "mine")
+    assert list(think.predict.signature.output_fields) == ["reasoning", "answer"]
+
+
+def test_chain_of_thought_over_a_reasoning_input_is_refused() -> None:
+    """A name stands for one thing."""
     with pytest.raises(SignatureError, match="has a field `reasoning` already"):
-        ChainOfThought("question -> reasoning, answer")
+        ChainOfThought("question, reasoning -> answer")
 
 
 # --- batches -------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ VALUES: dict[str, Any] = {
     "provide_traceback": True,
     "warn_on_type_mismatch": False,
     "experimental": True,
+    "allow_tool_async_sync_conversion": True,
     "trace": [],
     "extra": {"team": "a", "list": [1, {"b": None}]},
 }
@@ -51,6 +52,7 @@ def test_every_plain_setting_survives_the_file(tmp_path: Path) -> None:
 def test_every_setting_is_plain_or_refused_by_name() -> None:
     """A new key cannot be forgotten here."""
     others = {"lm", "adapter", "callbacks", "usage_tracker", "budget", "redact_history"}
+    others.add("send_stream")
     assert set(VALUES) | others == set(KEYS)
 
 

@@ -109,6 +109,8 @@ class LM(BaseLM):
         price: Any = None,
         **kwargs: Any,
     ) -> None:
+        # Programs that hand on DSPy's defaults ask for nothing.
+        kwargs = {k: v for k, v in kwargs.items() if v or k not in _NOT_IN_THIS_RUNTIME}
         if refused := [name for name in kwargs if name in _NOT_IN_THIS_RUNTIME]:
             raise LMConfigurationError(
                 f"`{refused[0]}` is not part of dspylite, which runs programs and does not train "

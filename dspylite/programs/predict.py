@@ -227,9 +227,12 @@ class Predict(Typed[P, S]):
 class ChainOfThought(Typed[P, S]):
     """Like `Predict`, but the model first writes its reasoning, as an output named `reasoning`.
 
+    An output of that name which the signature has already is kept and comes first.
+
     Args:
         signature: A signature class or text.
-        rationale_field: Another `OutputField(...)` for the reasoning.
+        rationale_field: Another `OutputField(...)` for the reasoning, also in place of the
+            signature's own.
         rationale_field_type: Type of the reasoning.
         **config: Request parameters.
 
@@ -237,7 +240,7 @@ class ChainOfThought(Typed[P, S]):
         predict: The predictor that asks.
 
     Raises:
-        SignatureError: The signature cannot be built, or has an output named `reasoning` already.
+        SignatureError: The signature cannot be built, or has an input named `reasoning`.
     """
 
     @overload
@@ -266,8 +269,15 @@ class ChainOfThought(Typed[P, S]):
         **config: Any,
     ) -> None:
         super().__init__(config.pop("callbacks", None))
-        field = rationale_field or OutputField(desc="think step by step towards the other outputs")
-        extended = ensure_signature(signature).prepend("reasoning", field, rationale_field_type)
+        plain = ensure_signature(signature)
+        field, type_ = rationale_field, rationale_field_type
+        own = plain.output_fields.get("reasoning")
+        if own is not None:
+            plain = plain.delete("reasoning")
+            if field is None:
+                field, type_ = own, None
+        field = field or OutputField(desc="think step by step towards the other outputs")
+        extended = plain.prepend("reasoning", field, type_)
         self.predict: Predict[..., Any] = Predict(extended, **config)
 
     async def steps(self, io: Io, /, *args: Any, **kwargs: Any) -> Any:

@@ -42,6 +42,23 @@ def current_call() -> CallFrame | None:
     return CURRENT_CALL.get()
 
 
+class ActiveCallId:
+    """The id of the innermost call in progress in this context, read as DSPy's variable is.
+
+    It is read only: calls set it, and `bind` or `settings.restore` carry it elsewhere.
+    """
+
+    __slots__ = ()
+
+    def get(self, default: str | None = None) -> str | None:
+        """Return the id; `default` outside calls, or without callbacks."""
+        frame = CURRENT_CALL.get()
+        return default if frame is None else frame.call_id
+
+
+ACTIVE_CALL_ID = ActiveCallId()
+
+
 def set_item_index(index: int) -> None:
     """Note which batch item this context works for."""
     ITEM_INDEX.set(index)

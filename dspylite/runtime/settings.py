@@ -59,6 +59,7 @@ class SettingsChanges(TypedDict, total=False):
     provide_traceback: bool | None
     warn_on_type_mismatch: bool
     experimental: bool
+    allow_tool_async_sync_conversion: bool
     extra: Mapping[str, Any]
 
 
@@ -243,6 +244,7 @@ class Settings:
         provide_traceback: Whether failures in a batch are logged with their traceback.
         warn_on_type_mismatch: Whether an input of another type than declared gives a warning.
         experimental: Accepted from DSPy programs; without effect.
+        allow_tool_async_sync_conversion: The same; async tools may always be called.
         extra: Your own values.
     """
 
@@ -270,6 +272,7 @@ class Settings:
     provide_traceback = Key[bool | None](None, _optional_flag)
     warn_on_type_mismatch = Key[bool](True, _flag)
     experimental = Key[bool](False, _flag)
+    allow_tool_async_sync_conversion = Key[bool](False, _flag)
     extra = Key[Mapping[str, Any]]({}, _mapping)
 
     def configure(self, **changes: Unpack[SettingsChanges]) -> None:

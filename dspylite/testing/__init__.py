@@ -4,11 +4,13 @@ Everything here is public and shipped to users.
 """
 
 from dspylite.testing.clock import FakeClock
-from dspylite.testing.models import DummyLM, FakeEmbedder, FakeLM
+from dspylite.testing.dummies import DummyLM, DummyVectorizer
+from dspylite.testing.models import FakeEmbedder, FakeLM
 from dspylite.testing.server import FakeServer, RecordedRequest, Reply
 
 __all__ = [
     "DummyLM",
+    "DummyVectorizer",
     "FakeClock",
     "FakeEmbedder",
     "FakeLM",

@@ -177,9 +177,6 @@ class FakeLM(BaseLM):
         self._door.wait_for(count, timeout_s)
 
 
-DummyLM = FakeLM
-
-
 class _Script:
     def __init__(self, answers: Answers, default: Answer, adapter: Adapter) -> None:
         self._lock = threading.Lock()  # guards `_left` and `requests`
@@ -199,7 +196,8 @@ class _Script:
             raise answer
         if isinstance(answer, LMResponse):
             return answer
-        return respond(request, answer if isinstance(answer, str) else self._write(answer))
+        text = answer if isinstance(answer, str) else written(answer, self._adapter)
+        return respond(request, text)
 
     async def acall(self, request: LMRequest) -> LMResponse:
         return self.call(request)
@@ -213,9 +211,11 @@ class _Script:
         with self._lock:
             return self._left.pop(0) if self._left else self._default
 
-    def _write(self, outputs: Mapping[str, Any]) -> str:
-        signature = make_signature({name: (Any, OutputField()) for name in outputs})
-        return self._adapter.format_assistant_message_content(signature, outputs)
+
+def written(outputs: Mapping[str, Any], adapter: Adapter) -> str:
+    """Write outputs as a model would that follows an adapter's prompt."""
+    signature = make_signature({name: (Any, OutputField()) for name in outputs})
+    return adapter.format_assistant_message_content(signature, outputs)
 
 
 class FakeEmbedder(Embedder):

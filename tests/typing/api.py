@@ -24,11 +24,15 @@ from typing import Any, TextIO, assert_type
 
 import dspylite as dspy
 from dspylite.abc import Io, Next
+from dspylite.concurrency.parallel_executor import ParallelExecutor
 from dspylite.evaluate.metrics import F1
 from dspylite.integrations.opentelemetry import OpenTelemetryCallback, instrument
+from dspylite.models.cache.remembered import request_cache
+from dspylite.runtime.frames import ACTIVE_CALL_ID
 from dspylite.runtime.history import HistoryEntry
 from dspylite.testing import (
     DummyLM,
+    DummyVectorizer,
     FakeClock,
     FakeEmbedder,
     FakeLM,
@@ -602,12 +606,38 @@ async def sampled() -> None:
         part.get_config()
 
 
+# --- DSPy's spellings ----------------------------------------------------------------------------
+
+
+@request_cache(ignored_args_for_cache_key=["k"])
+def searched(query: str, k: int = 3) -> list[str]:
+    return [query] * k
+
+
+@request_cache("request", maxsize=3)
+async def asked(request: dict[str, str]) -> str:
+    return request["q"]
+
+
+async def spelt_as_in_dspy() -> None:
+    assert_type(searched("moon", k=2), list[str])
+    assert_type(await asked({"q": "moon"}), str)
+    executor = ParallelExecutor(num_threads=2, disable_progress_bar=True)
+    assert_type(executor.execute(len, ["a", "b"]), list[int | None])
+    assert_type(executor.exceptions_map, dict[int, BaseException])
+    assert_type(ACTIVE_CALL_ID.get(), str | None)
+    assert_type(dspy.SettingsError("no").code, str | None)
+    assert_type(dspy.SettingsError("no").message, str)
+
+
 # --- Fakes for tests -----------------------------------------------------------------------------
 
 
 def fakes() -> None:
     lm = FakeLM([{"answer": "Paris"}, "text", ValueError("no")], default="?", num_retries=1)
-    DummyLM({"Capital": {"answer": "Paris"}})
+    DummyLM({"Capital": {"answer": "Paris"}}).get_convo(0)
+    DummyLM([{"answer": "Paris"}], follow_examples=True, reasoning=True, adapter=dspy.ChatAdapter())
+    DummyVectorizer(max_length=8, n_gram=2)(["a"])
     FakeLM(lambda request: str(request.messages[-1]["content"]))
     with dspy.context(lm=lm), lm.hold(until=2):
         lm.wait_for_calls(2)

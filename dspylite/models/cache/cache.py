@@ -90,6 +90,8 @@ class Cache:
             has none gets a cache in memory.
         disk_size_limit_bytes: Most bytes on disk; beyond it the oldest answers go. None: 1 GB.
         memory_max_entries: Most answers in memory.
+        restrict_pickle: Accepted from DSPy programs; nothing is ever unpickled.
+        safe_types: The same.
         memory_size_limit_bytes: Most bytes in memory; beyond it the least recently used go.
 
     Raises:
@@ -106,14 +108,17 @@ class Cache:
 
     def __init__(
         self,
-        *,
         enable_disk_cache: bool | None = True,
         enable_memory_cache: bool | None = True,
         disk_cache_dir: str | os.PathLike[str] | None = None,
         disk_size_limit_bytes: int | None = None,
         memory_max_entries: int = DEFAULT_MEMORY_ENTRIES,
+        restrict_pickle: bool = True,
+        safe_types: Sequence[type[Any]] | None = None,
+        *,
         memory_size_limit_bytes: int = DEFAULT_MEMORY_BYTES,
     ) -> None:
+        del restrict_pickle, safe_types
         if disk_size_limit_bytes is None:
             disk_size_limit_bytes = DEFAULT_DISK_BYTES
         for name, value in (
