@@ -25,11 +25,11 @@ import dspylite
 from dspylite import dspy_paths
 from dspylite.dspy_paths import ABSENT, ELSEWHERE, PATHS, install
 from dspylite.runtime.history import GLOBAL_HISTORY
-from tests.test_dspy_names import PENDING, exists
+from tests.test_dspy_names import exists
 
 ROOT = Path(dspylite.__file__).parent
 TABLE = [(path, name) for path, names in PATHS.items() for name in names.split()]
-LATER = {name.rpartition(".")[2] for name in PENDING} | {"Unbatchify"}
+LATER = {"Unbatchify"}
 """Names that the table has already, and the package not yet."""
 
 
