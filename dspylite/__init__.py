@@ -4,26 +4,14 @@
 nothing inside the package imports it.
 """
 
+import importlib
 import sys
 import types
 import typing
 
-from dspylite import evaluate as evaluate
-from dspylite import streaming
-from dspylite.adapters.baml import BAMLAdapter
 from dspylite.adapters.base import Adapter
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.sections import ChatAdapter
-from dspylite.adapters.two_step import TwoStepAdapter
-from dspylite.adapters.types.audio import Audio
-from dspylite.adapters.types.base import Type
-from dspylite.adapters.types.citations import Citations, Document
-from dspylite.adapters.types.file import File
-from dspylite.adapters.types.history import History
-from dspylite.adapters.types.image import Image
-from dspylite.adapters.types.text import Code, Reasoning
-from dspylite.adapters.types.tools import Tool, ToolCallResults, ToolCalls
-from dspylite.adapters.xml import XMLAdapter
 from dspylite.concurrency.executors import asyncify, syncify
 from dspylite.concurrency.outcome import Outcome
 from dspylite.concurrency.parallel import Parallel
@@ -80,7 +68,6 @@ from dspylite.models.cache.cache import Cache, CacheStats
 from dspylite.models.cache.configure import configure_cache
 from dspylite.models.embedder import Embedder
 from dspylite.models.fallback import Fallback
-from dspylite.models.knn import KNN
 from dspylite.models.limits import MaxConcurrency
 from dspylite.models.lm import LM, OfflineLM
 from dspylite.models.matrix import EmbeddingMatrix
@@ -88,26 +75,7 @@ from dspylite.models.rates import RateLimit
 from dspylite.models.retry import Retry
 from dspylite.models.streams import LMStream
 from dspylite.programs.base import Module
-from dspylite.programs.evaluation.evaluate import Evaluate
-from dspylite.programs.evaluation.judges import CompleteAndGrounded, SemanticF1
-from dspylite.programs.evaluation.metrics import (
-    answer_exact_match,
-    answer_passage_match,
-    normalize_text,
-)
-from dspylite.programs.evaluation.result import EvaluationResult
-from dspylite.programs.listening import StreamListener
-from dspylite.programs.loading import load
-from dspylite.programs.loading_settings import load_settings
 from dspylite.programs.predict import ChainOfThought, Predict
-from dspylite.programs.react import ReAct
-from dspylite.programs.react_v2 import ReActV2
-from dspylite.programs.sampling import BestOfN, Refine
-from dspylite.programs.sse import streaming_response
-from dspylite.programs.stream_events import StatusMessage, StatusMessageProvider, StreamResponse
-from dspylite.programs.streaming import streamify
-from dspylite.programs.voting import MultiChainComparison, majority
-from dspylite.retrievers import Embeddings, EmbeddingsWithScores
 from dspylite.runtime.budgets import budget
 from dspylite.runtime.calls import BaseCallback, LMOutputs, with_callbacks
 from dspylite.runtime.cancellation import check_cancelled
@@ -135,12 +103,81 @@ from dspylite.schema.signature import (
 __version__ = "0.1.0"
 
 if typing.TYPE_CHECKING:
+    from dspylite import evaluate as evaluate
+    from dspylite import retrievers as retrievers
+    from dspylite import streaming as streaming
+    from dspylite.adapters.baml import BAMLAdapter
+    from dspylite.adapters.two_step import TwoStepAdapter
+    from dspylite.adapters.types.audio import Audio
+    from dspylite.adapters.types.base import Type
+    from dspylite.adapters.types.citations import Citations, Document
+    from dspylite.adapters.types.file import File
+    from dspylite.adapters.types.history import History
+    from dspylite.adapters.types.image import Image
+    from dspylite.adapters.types.text import Code, Reasoning
+    from dspylite.adapters.types.tools import Tool, ToolCallResults, ToolCalls
+    from dspylite.adapters.xml import XMLAdapter
+    from dspylite.models.knn import KNN
+    from dspylite.models.retrieval import Embeddings, EmbeddingsWithScores
+    from dspylite.programs.evaluation.evaluate import Evaluate
+    from dspylite.programs.evaluation.judges import CompleteAndGrounded, SemanticF1
+    from dspylite.programs.evaluation.metrics import (
+        answer_exact_match,
+        answer_passage_match,
+        normalize_text,
+    )
+    from dspylite.programs.evaluation.result import EvaluationResult
+    from dspylite.programs.listening import StreamListener
+    from dspylite.programs.loading import load
+    from dspylite.programs.loading_settings import load_settings
+    from dspylite.programs.react import ReAct
+    from dspylite.programs.react_v2 import ReActV2
+    from dspylite.programs.sampling import BestOfN, Refine
+    from dspylite.programs.sse import streaming_response
+    from dspylite.programs.stream_events import StatusMessage, StatusMessageProvider, StreamResponse
+    from dspylite.programs.streaming import streamify
+    from dspylite.programs.voting import MultiChainComparison, majority
+
     cache: Cache
     """The cache of this process; assign another `Cache` to replace it."""
 
 
+_LATER: dict[str, str] = {
+    "adapters.baml": "BAMLAdapter",
+    "adapters.two_step": "TwoStepAdapter",
+    "adapters.types.audio": "Audio",
+    "adapters.types.base": "Type",
+    "adapters.types.citations": "Citations Document",
+    "adapters.types.file": "File",
+    "adapters.types.history": "History",
+    "adapters.types.image": "Image",
+    "adapters.types.text": "Code Reasoning",
+    "adapters.types.tools": "Tool ToolCallResults ToolCalls",
+    "adapters.xml": "XMLAdapter",
+    "models.knn": "KNN",
+    "models.retrieval": "Embeddings EmbeddingsWithScores",
+    "programs.evaluation.evaluate": "Evaluate",
+    "programs.evaluation.judges": "CompleteAndGrounded SemanticF1",
+    "programs.evaluation.metrics": "answer_exact_match answer_passage_match normalize_text",
+    "programs.evaluation.result": "EvaluationResult",
+    "programs.listening": "StreamListener",
+    "programs.loading": "load",
+    "programs.loading_settings": "load_settings",
+    "programs.react": "ReAct",
+    "programs.react_v2": "ReActV2",
+    "programs.sampling": "BestOfN Refine",
+    "programs.sse": "streaming_response",
+    "programs.stream_events": "StatusMessage StatusMessageProvider StreamResponse",
+    "programs.streaming": "streamify",
+    "programs.voting": "MultiChainComparison majority",
+}
+"""Names by the file they come from when they are used; most programs need few of them."""
+
+_PLACES = {name: file for file, names in _LATER.items() for name in names.split()}
+
+
 class _Face(types.ModuleType):
-    """This module, with an attribute that is made on its first use and may be replaced."""
+    """This module, whose cache may be replaced, and whose rarer names are loaded when used."""
 
     @property
     def cache(self) -> Cache:
@@ -161,8 +198,16 @@ class _Face(types.ModuleType):
     if not typing.TYPE_CHECKING:  # a checker knows which names there are
 
         def __getattr__(self, name: str) -> typing.Any:
-            """Say why a name of DSPy's is not here."""
-            raise _missing(name)
+            """Load what is asked for the first time; else say why a name of DSPy's is not here."""
+            if name not in _PLACES:
+                raise _missing(name)
+            found = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+            vars(self)[name] = found
+            return found
+
+        def __dir__(self) -> list[str]:
+            """Name what is still to be loaded, too."""
+            return sorted({*vars(self), *__all__})
 
 
 sys.modules[__name__].__class__ = _Face

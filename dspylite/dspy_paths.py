@@ -24,26 +24,26 @@ _PROGRAMS = (
     "Parallel"
 )
 _METRICS = "EM normalize_text answer_exact_match answer_passage_match"
+_SCORES = "F1 HotPotF1 em_score f1_score hotpot_f1_score precision_score"
 _JUDGES = "SemanticF1 CompleteAndGrounded"
+_JUDGED = (
+    "AnswerCompleteness AnswerGroundedness DecompositionalSemanticRecallPrecision "
+    "SemanticRecallPrecision"
+)
 _STREAMS = "StatusMessage StatusMessageProvider"
 
 PATHS: Mapping[str, str] = MappingProxyType(
     {
         "adapters": f"{_ADAPTERS} BAMLAdapter {_TYPES}",
-        "adapters.base": "Adapter",
         "adapters.baml_adapter": "BAMLAdapter COMMENT_SYMBOL INDENTATION",
         "adapters.chat_adapter": "ChatAdapter",
         "adapters.json_adapter": "JSONAdapter",
         "adapters.two_step_adapter": "TwoStepAdapter",
         "adapters.types": f"{_TYPES} Citations Document",
-        "adapters.types.audio": "Audio",
         "adapters.types.base_type": "Type",
         "adapters.types.citation": "Citations",
         "adapters.types.code": "Code",
         "adapters.types.document": "Document",
-        "adapters.types.file": "File",
-        "adapters.types.history": "History",
-        "adapters.types.image": "Image",
         "adapters.types.reasoning": "Reasoning",
         "adapters.types.tool": "Tool ToolCalls ToolCallResults",
         "adapters.xml_adapter": "XMLAdapter",
@@ -53,9 +53,9 @@ PATHS: Mapping[str, str] = MappingProxyType(
         "clients.embedding": "Embedder",
         "clients.lm": "LM",
         "evaluate": f"Evaluate EvaluationResult {_METRICS} {_JUDGES}",
-        "evaluate.auto_evaluation": _JUDGES,
+        "evaluate.auto_evaluation": f"{_JUDGES} {_JUDGED}",
         "evaluate.evaluate": "Evaluate EvaluationResult",
-        "evaluate.metrics": _METRICS,
+        "evaluate.metrics": f"{_METRICS} {_SCORES}",
         "experimental": "Citations Document",
         "predict": _PROGRAMS,
         "predict.aggregation": "majority",
@@ -78,7 +78,7 @@ PATHS: Mapping[str, str] = MappingProxyType(
         "signatures.field": "InputField OutputField",
         "signatures.signature": _SIGNATURES,
         "streaming": (
-            f"{_STREAMS} StreamListener StreamResponse streamify apply_sync_streaming "
+            f"{_STREAMS} StreamEvent StreamListener StreamResponse streamify apply_sync_streaming "
             "streaming_response"
         ),
         "streaming.messages": f"{_STREAMS} StreamResponse",
@@ -115,12 +115,14 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "COMMENT_SYMBOL": "adapters.baml",
         "DummyLM": "testing",
         "DummyVectorizer": "testing",
-        "EM": "programs.evaluation.metrics",
+        **dict.fromkeys(_JUDGED.split(), "programs.evaluation.judges"),
+        **dict.fromkeys(("EM", *_SCORES.split()), "programs.evaluation.metrics"),
         "GLOBAL_HISTORY": "runtime.history",
         "INDENTATION": "adapters.baml",
         "LM_CLASS_STATE_KEY": "models.states:CLASS_KEY",
         "ParallelExecutor": "concurrency.parallel_executor",
-        "apply_sync_streaming": "streaming",
+        "StreamEvent": "programs.stream_events",
+        "apply_sync_streaming": "programs.streaming",
         "ensure_signature": "schema.signature",
         "pretty_print_history": "runtime.inspection",
         "request_cache": "models.cache.remembered",
@@ -223,11 +225,12 @@ def _lookup(face: ModuleType, path: str) -> Callable[[str], Any]:
 
 def _find(face: ModuleType, name: str) -> Any:
     """Return what a name stands for; None where this version does not have it."""
-    found = vars(face).get(name)
+    found = getattr(face, name, None)
     place, _, own_name = ELSEWHERE.get(name, "").partition(":")
     if found is None and place:
         try:
-            found = vars(importlib.import_module(f"{face.__name__}.{place}")).get(own_name or name)
+            module = importlib.import_module(f"{face.__name__}.{place}")
+            found = getattr(module, own_name or name, None)
         except ModuleNotFoundError as error:
             if error.name != f"{face.__name__}.{place}":
                 raise

@@ -116,8 +116,8 @@ def test_name_that_is_no_type_is_passed_over() -> None:
 def test_callers_types_win_over_those_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has a `Document` of their own means it; all others mean ours."""
     monkeypatch.setattr(grammar, "_registered", grammar._registered)
-    grammar.register_type("Spot", datetime.date)
-    grammar.register_type("Sketch", datetime.date)
+    grammar.register_type("Spot", lambda: datetime.date)
+    grammar.register_type("Sketch", lambda: datetime.date)
     assert type_of("Spot") is Spot
     assert type_of("Sketch") is datetime.date
     assert type_of("dspy.Sketch") is datetime.date

@@ -161,7 +161,7 @@ def test_signature_may_have_no_input() -> None:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> type:
     monkeypatch.setattr(grammar, "_registered", grammar._registered)
-    register_type("Picture", Colour)
+    register_type("Picture", lambda: Colour)
     return Colour
 
 
@@ -184,7 +184,7 @@ def test_misspelt_registered_type_gets_its_hint(registered: type) -> None:
 def test_name_that_no_text_could_hold_is_not_registered() -> None:
     """It would never be found."""
     with pytest.raises(SignatureError, match="a-b"):
-        register_type("a-b", Colour)
+        register_type("a-b", lambda: Colour)
 
 
 def test_types_registered_from_32_threads_are_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_types_registered_from_32_threads_are_all_kept(monkeypatch: pytest.Monke
     def register(number: int) -> None:
         barrier.wait()
         for step in range(50):
-            register_type(f"Kind{number}x{step}", Colour)
+            register_type(f"Kind{number}x{step}", lambda: Colour)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # between any two steps another thread may go on

@@ -5,6 +5,7 @@ Not here: how long it takes, which benchmarks measure.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -175,3 +176,77 @@ def test_star_import_gives_the_public_list() -> None:
     namespace: dict[str, Any] = {}
     exec("from dspylite import *", namespace)
     assert set(dspylite.__all__) <= set(namespace)
+
+
+# --- names that are loaded when they are used ---------------------------------------------------
+
+
+def declared_for_checkers() -> dict[str, str]:
+    """Read which names `__init__.py` imports for type checkers only, and from where."""
+    tree = ast.parse((ROOT / "dspylite" / "__init__.py").read_text(encoding="utf-8"))
+    blocks = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [each for block in blocks for each in block.body if isinstance(each, ast.ImportFrom)]
+    return {
+        alias.name: str(each.module).removeprefix("dspylite.")
+        for each in imports
+        for alias in each.names
+        if each.module != "dspylite"
+    }
+
+
+def test_later_names_are_those_that_checkers_see() -> None:
+    """A name in one of the two lists alone would be missing for one of the two."""
+    later = dspylite._LATER
+    assert declared_for_checkers() == {
+        name: file for file, names in later.items() for name in names.split()
+    }
+
+
+def test_rarer_names_are_loaded_by_their_use_and_not_before() -> None:
+    """Most programs use none of them, and all would pay."""
+    code = (
+        "import sys, dspylite as dspy\n"
+        "later = {f'dspylite.{file}' for file in dspy._LATER}\n"
+        "early = later & set(sys.modules)\n"
+        "dspy.Image, dspy.evaluate.SemanticF1, dspy.streamify\n"
+        "print(sorted(early), len(later & set(sys.modules)) > 2, 'Refine' in dir(dspy))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[] True True\n"
+
+
+def test_names_are_loaded_for_the_first_time_by_many_threads_at_once() -> None:
+    """A service's first requests come together, and pydantic builds what they use then."""
+    code = (
+        "import threading, dspylite as dspy\n"
+        "start, failures = threading.Barrier(16), []\n"
+        "def work():\n"
+        "    start.wait()\n"
+        "    try:\n"
+        "        image = dspy.Image(url='https://example.org/a.png')\n"
+        "        calls = dspy.ToolCalls.model_validate([{'name': 'f', 'args': {'x': 1}}])\n"
+        "        made = dspy.Signature('photo: Image, h: History -> calls: ToolCalls, c: Code')\n"
+        "        turns = dspy.History(messages=[{'c': 'x'}])\n"
+        "        text = dspy.ChatAdapter().format(made, [], {'photo': image, 'h': turns})\n"
+        "        assert text[-1]['content'][1]['image_url']['url'] == image.url\n"
+        "        assert calls.tool_calls[0].args == {'x': 1}\n"
+        "        assert image.model_dump() == {'url': image.url}\n"
+        "    except BaseException as error:\n"
+        "        failures.append(repr(error))\n"
+        "threads = [threading.Thread(target=work) for _ in range(16)]\n"
+        "[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\n"
+        "print(failures)\n"
+    )
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -136,7 +136,7 @@ def test_objects_give_what_parse_reads_wherever_the_answer_is_cut(
 
 NOISY = [
     ("{'first': 'it\\'s', 'second': {'a': [1, 2,], 'b': True},}", "it's"),
-    ('{"first": "a", // see: "second", }\n "second": {"a": 1 /* , } */ }}', "a"),
+    ('{"first": "a", // see: the second\n "second": {"a": 1 /* one */ }}', "a"),
     ('So {x} and { y }: {"first": "\\ud83d\\ude00", "second": {}} {z', None),
     ('Here: {"first": "\\ud83d\\ude00 \\u00e9\\/\\"", "second": {"}": "{"}} (done)', '😀 é/"'),
     ('{"note": "{"} then {"first": "b", "second": {}}', "b"),

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspylite.adapters.base import list_fields
+from dspylite.adapters.features import special_fields
 from dspylite.adapters.json import JSONAdapter
-from dspylite.adapters.turns import history_field
 from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import json_schemas, to_json
 from dspylite.schema.signature import Signature
@@ -81,7 +81,7 @@ class BAMLAdapter(JSONAdapter):
 
     def format_field_description(self, signature: type[Signature]) -> str:
         """List the inputs; the outputs are part of the form."""
-        history = history_field(signature)
+        history = special_fields(signature).history
         inputs = {n: field for n, field in signature.input_fields.items() if n != history}
         return f"Inputs:\n{list_fields(inputs, outputs=False)}" if inputs else ""
 

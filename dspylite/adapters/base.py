@@ -10,14 +10,12 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dspylite.abc import Io, LanguageModel
 from dspylite.adapters.content import ContentBuilder
-from dspylite.adapters.native import NativeFeatures, without
+from dspylite.adapters.features import NOT_SAID, NativeFeatures, special_fields, without
 from dspylite.adapters.streaming import FieldReader
-from dspylite.adapters.turns import NOT_SAID, conversation, history_field, turns_of
-from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import MAX_CHARS, describe, format_value, takes_none
 from dspylite.errors import AdapterParseError, SavingError
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
@@ -25,6 +23,9 @@ from dspylite.runtime.settings import checked_callbacks
 from dspylite.schema.messages import LMOutput, Message
 from dspylite.schema.plans import AdapterPlan
 from dspylite.schema.signature import Field, Signature
+
+if TYPE_CHECKING:
+    from dspylite.adapters.types.base import Type
 
 _MARKER_LINE = re.compile(r"^([ \t]*)(\\*)(\[\[ ## )", re.MULTILINE)
 _ESCAPED_LINE = re.compile(r"^([ \t]*)\\(\\*\[\[ ## )", re.MULTILINE)
@@ -209,7 +210,9 @@ class Adapter:
             SignatureError: Tool calls are wanted and there is no input for the tools.
         """
         if self.native.has_use_for(signature):
-            return self.native.plan(signature, inputs, lm, params)
+            from dspylite.adapters.native import plan_native  # noqa: PLC0415  # seldom used
+
+            return plan_native(self.native, signature, inputs, lm, params)
         return AdapterPlan(signature=signature, written=signature, params=params)
 
     async def read(self, io: Io, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
@@ -223,7 +226,9 @@ class Adapter:
         del io
         if plan.written is plan.signature and not output.tool_calls:
             return self._parsed(plan.signature, output)
-        return self.native.read(plan, output, self._parsed)
+        from dspylite.adapters.native import read_native  # noqa: PLC0415  # seldom used
+
+        return read_native(plan, output, self._parsed)
 
     def _parsed(self, signature: type[Signature], output: LMOutput) -> dict[str, Any]:
         if self._reads_reason:
@@ -308,7 +313,7 @@ class Adapter:
         The turns of a `History` among the inputs come before the question.
         """
         messages: list[Message] = [{"role": "system", "content": self._task(signature)}]
-        history = history_field(signature)
+        history = special_fields(signature).history
         if history is not None:
             signature = without(signature, (history,))
         messages += self.format_demos(signature, demos)
@@ -338,7 +343,7 @@ class Adapter:
     def format_field_description(self, signature: type[Signature]) -> str:
         """List the inputs and outputs with their types and meanings."""
         parts: list[str] = []
-        history = history_field(signature)
+        history = special_fields(signature).history
         inputs = {n: field for n, field in signature.input_fields.items() if n != history}
         if inputs:
             parts.append(f"Inputs:\n{list_fields(inputs, outputs=False)}")
@@ -385,6 +390,8 @@ class Adapter:
         Raises:
             InputFieldError: The input is no conversation.
         """
+        from dspylite.adapters.turns import conversation, turns_of  # noqa: PLC0415  # seldom used
+
         turns = turns_of(history_field_name, inputs.get(history_field_name))
         return conversation(self, signature, turns)
 

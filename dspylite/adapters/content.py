@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 
 class ContentBuilder:
@@ -88,3 +88,51 @@ def _add_text(parts: list[dict[str, Any]], text: str) -> None:
         parts[-1] = {"type": "text", "text": parts[-1]["text"] + text}
     else:
         parts.append({"type": "text", "text": text})
+
+
+class PartsSink(Protocol):
+    """Who takes the parts of a value while it is written; a `ContentBuilder`."""
+
+    def put(self, parts: list[dict[str, Any]]) -> str:
+        """Take content parts; return the mark that stands for them in the text."""
+        ...
+
+
+class Formats(Protocol):
+    """A value that says itself how it stands in a prompt; a `Type`."""
+
+    def format(self) -> Any:
+        """Write the value."""
+        ...
+
+
+def kind_of(annotation: Any) -> str | None:
+    """Tell what a type is to adapters; None for one that is none of ours.
+
+    Types say so by a mark (`__field_kind__`), so that nobody must load them to ask.
+
+    Returns:
+        `"value"`, `"tool"` or `"tool calls"` of a `Type`; `"history"`.
+    """
+    kind = getattr(annotation, "__field_kind__", None) if isinstance(annotation, type) else None
+    return kind if isinstance(kind, str) else None
+
+
+def formats_itself(annotation: Any) -> bool:
+    """Tell whether a type is a `Type`, whose values write themselves."""
+    return kind_of(annotation) in {"value", "tool", "tool calls"}
+
+
+def is_parts(written: Any) -> bool:
+    """Tell whether what `format` gave are content parts, and not a JSON value."""
+    return (
+        isinstance(written, list)
+        and bool(written)
+        and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in written)
+    )
+
+
+def formatted(value: Formats, sink: PartsSink) -> Any:
+    """Write a value as it says itself; parts go to the sink, and their mark stands for them."""
+    written = value.format()
+    return sink.put(written) if is_parts(written) else written

@@ -10,16 +10,18 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspylite.abc import LanguageModel
 from dspylite.adapters.base import Adapter
 from dspylite.adapters.streaming import FieldReader
 from dspylite.adapters.streaming_json import ObjectReader
-from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import json_schemas, parse_json, to_json, validate
 from dspylite.schema.plans import AdapterPlan
 from dspylite.schema.signature import Signature
+
+if TYPE_CHECKING:
+    from dspylite.adapters.types.base import Type
 
 MAX_OBJECTS = 16
 """Objects looked at in an answer that wraps its own in prose; more of them is ambiguous anyway."""

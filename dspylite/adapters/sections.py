@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspylite.adapters.base import Adapter, header, section, unfence
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.streaming import FieldReader, SectionReader
-from dspylite.adapters.types.base import Type
 from dspylite.adapters.values import format_value, parse_text
 from dspylite.schema.signature import Signature
+
+if TYPE_CHECKING:
+    from dspylite.adapters.types.base import Type
 
 END = "completed"
 """Name of the end marker; in a signature with an output of this name, of its second header."""

@@ -1,20 +1,17 @@
 """A conversation as messages: the turns of a `History`, with the calls of tools in them.
 
-Not here: how the values of one turn are written (`adapters/base.py`).
+Loaded for signatures with such an input only. Not here: how the values of one turn are written
+(`adapters/base.py`).
 """
 
 from __future__ import annotations
 
-import enum
-import functools
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import pydantic
 
-from dspylite.adapters.native import without
+from dspylite.adapters.features import without
 from dspylite.adapters.types.history import History
 from dspylite.adapters.types.tools import ToolCall, ToolCallResults, ToolCalls
 from dspylite.adapters.values import format_value, to_json
@@ -24,16 +21,6 @@ from dspylite.schema.signature import Signature
 
 RESULTS = "tool_call_results"
 """Name under which results are told to a model that knows no messages of tools."""
-
-
-class Silence(enum.Enum):
-    """What stands for a value that is not written."""
-
-    NOT_SAID = "not said again"
-
-
-NOT_SAID = Silence.NOT_SAID
-"""Default of an input that stands in an earlier turn of the conversation."""
 
 
 class Writer(Protocol):
@@ -63,17 +50,6 @@ class Writer(Protocol):
     def use_native_function_calling(self) -> bool:
         """Whether calls are told in the provider's own form."""
         ...
-
-
-@functools.lru_cache(maxsize=1024)
-def history_field(signature: type[Signature]) -> str | None:
-    """Name the input that holds the conversation; None without one."""
-    for name, field in signature.input_fields.items():
-        kinds = typing.get_args(field.annotation) or (field.annotation,)  # also beside None
-        is_union = typing.get_origin(field.annotation) in {typing.Union, types.UnionType, None}
-        if is_union and any(isinstance(kind, type) and issubclass(kind, History) for kind in kinds):
-            return name
-    return None
 
 
 def turns_of(name: str, given: Any) -> Sequence[Mapping[str, Any]]:

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 from dspylite.abc import Io, LanguageModel
 from dspylite.adapters.base import Adapter, list_fields
+from dspylite.adapters.features import special_fields
+from dspylite.adapters.native import read_native
 from dspylite.adapters.sections import ChatAdapter
-from dspylite.adapters.turns import history_field
 from dspylite.adapters.values import format_value
 from dspylite.errors import AdapterParseError, LMConfigurationError
 from dspylite.runtime.flow import BLOCKING, run_flow
@@ -56,7 +57,7 @@ class TwoStepAdapter(Adapter):
     def format_field_description(self, signature: type[Signature]) -> str:
         """List the inputs, and what the answer must say."""
         parts: list[str] = []
-        history = history_field(signature)
+        history = special_fields(signature).history
         inputs = {n: field for n, field in signature.input_fields.items() if n != history}
         if inputs:
             parts.append(f"Inputs:\n{list_fields(inputs, outputs=False)}")
@@ -98,7 +99,7 @@ class TwoStepAdapter(Adapter):
         values: dict[str, Any] = {}
         if output.text.strip() and plan.written.output_fields:
             values = await self._extract(io, plan.written, output.text)
-        return self.native.read(plan, output, lambda _signature, _output: values)
+        return read_native(plan, output, lambda _signature, _output: values)
 
     def parse(
         self, signature: type[Signature], completion: str, *, finish_reason: str | None = "stop"

@@ -22,7 +22,7 @@ import pydantic
 from pydantic.errors import PydanticUserError
 from pydantic_core import SchemaError, to_jsonable_python
 
-from dspylite.adapters.types.base import PartsSink, Type, formatted
+from dspylite.adapters.content import PartsSink, formats_itself, formatted
 from dspylite.errors import SignatureError
 from dspylite.schema.records import Example
 from dspylite.schema.signature import Field
@@ -50,7 +50,7 @@ def format_value(value: Any, sink: PartsSink | None = None) -> str:
     """
     if isinstance(value, enum.Enum):
         value = value.value
-    if sink is not None and isinstance(value, Type):
+    if sink is not None and formats_itself(type(value)):
         value = formatted(value, sink)
     return value if isinstance(value, str) else to_json(value, sink=sink)
 
@@ -65,7 +65,7 @@ def to_json(value: Any, *, indent: int | None = None, sink: PartsSink | None = N
 
 
 def _jsonable(value: Any, sink: PartsSink | None = None) -> Any:
-    if isinstance(value, Type) and sink is not None:
+    if sink is not None and formats_itself(type(value)):
         return formatted(value, sink)
     if isinstance(value, Example):
         return dict(value.items())
@@ -141,8 +141,7 @@ def _describe_type(annotation: Any) -> str:
 
 
 def _own_words(annotation: Any) -> str:
-    is_own = isinstance(annotation, type) and issubclass(annotation, Type)
-    return annotation.description() if is_own else ""
+    return str(annotation.description()) if formats_itself(annotation) else ""
 
 
 def _terse(schema: Any) -> Any:
@@ -250,7 +249,7 @@ def parse_text(field: Field, text: str) -> Any:
         return text if not field.constraints else _validated(field, text)
     if len(text) > MAX_CHARS:
         raise ValueError(f"{len(text)} characters are more than {MAX_CHARS}")
-    if isinstance(annotation, type) and issubclass(annotation, Type) and _is_text(annotation):
+    if formats_itself(annotation) and _is_text(annotation):
         return _validated(field, text)
     alternatives = _alternatives(annotation)
     if type(None) in alternatives and text in {"null", "None"}:
@@ -279,7 +278,7 @@ def parse_text(field: Field, text: str) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_text(kind: type[Type]) -> bool:
+def _is_text(kind: Any) -> bool:
     """Tell whether values of a type are written as plain text, as code is; it reads that itself."""
     return json_schema(kind).get("type") == "string"
 

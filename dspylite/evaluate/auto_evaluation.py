@@ -1,13 +1,19 @@
-"""DSPy's path to the metrics that ask a model; see `programs/evaluation/judges.py`."""
+"""DSPy's path to the metrics that ask a model; see `programs/evaluation/judges.py`.
 
-from dspylite.programs.evaluation.judges import (
-    AnswerCompleteness,
-    AnswerGroundedness,
-    CompleteAndGrounded,
-    DecompositionalSemanticRecallPrecision,
-    SemanticF1,
-    SemanticRecallPrecision,
-)
+Declared for type checkers; the names are loaded when used (`dspy_paths.py`).
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dspylite.programs.evaluation.judges import (
+        AnswerCompleteness,
+        AnswerGroundedness,
+        CompleteAndGrounded,
+        DecompositionalSemanticRecallPrecision,
+        SemanticF1,
+        SemanticRecallPrecision,
+    )
 
 __all__ = [
     "AnswerCompleteness",

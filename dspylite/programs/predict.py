@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar, overload
 
 from dspylite.abc import Io, LanguageModel
-from dspylite.adapters.types.base import Type
+from dspylite.adapters.content import formats_itself
 from dspylite.adapters.values import check_readable
 from dspylite.errors import (
     InputFieldError,
@@ -337,7 +337,7 @@ def _fits(annotation: Any, value: Any) -> bool:
     wanted = typing.get_origin(annotation) or annotation
     if wanted is typing.Annotated:
         return _fits(typing.get_args(annotation)[0], value)
-    if wanted is str and isinstance(value, Type):  # it writes itself, as text is written
+    if wanted is str and formats_itself(type(value)):  # it writes itself, as text is written
         return True
     if wanted in (typing.Union, types.UnionType):
         return any(_fits(part, value) for part in typing.get_args(annotation))

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from dspylite.abc import Io
 from dspylite.adapters.content import ContentBuilder
-from dspylite.adapters.turns import NOT_SAID
+from dspylite.adapters.features import NOT_SAID
 from dspylite.adapters.types.functions import schema_of
 from dspylite.adapters.types.history import History
 from dspylite.adapters.types.tools import Tool, ToolCall, ToolCallResults, ToolCalls

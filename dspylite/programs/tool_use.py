@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspylite.abc import Io
-from dspylite.adapters.types.base import PartsSink
+from dspylite.adapters.content import PartsSink
 from dspylite.adapters.types.tools import Tool
 from dspylite.adapters.values import format_value
 from dspylite.errors import (

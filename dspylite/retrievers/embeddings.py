@@ -1,5 +1,11 @@
-"""DSPy's place for the retrievers over vectors. Not here: their code (`models/retrieval.py`)."""
+"""DSPy's place for the retrievers over vectors. Not here: their code (`models/retrieval.py`).
 
-from dspylite.models.retrieval import Embeddings, EmbeddingsWithScores
+Declared for type checkers; the names are loaded when used (`dspy_paths.py`).
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dspylite.models.retrieval import Embeddings, EmbeddingsWithScores
 
 __all__ = ["Embeddings", "EmbeddingsWithScores"]

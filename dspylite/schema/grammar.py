@@ -16,7 +16,7 @@ import os
 import threading
 import typing
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, NoneType
 from typing import Any
@@ -71,13 +71,17 @@ _NAMESPACES = ("typing.", "t.")
 _OWN_NAMESPACES = ("dspy.", "dspylite.")
 
 _REGISTER_LOCK = threading.Lock()  # guards the exchange of `_registered`, which readers take as is
-_registered: Mapping[str, Any] = MappingProxyType({})
+_registered: Mapping[str, Callable[[], type]] = MappingProxyType({})
 
 
-def register_type(name: str, kind: type) -> None:
+def register_type(name: str, load: Callable[[], type]) -> None:
     """Let signature texts name a type of this package: `name`, or `dspy.name`.
 
     A type of the caller's own by that name goes before it.
+
+    Args:
+        name: The name.
+        load: Gives the type, each time that a text names it.
 
     Raises:
         SignatureError: The name is no identifier.
@@ -85,7 +89,7 @@ def register_type(name: str, kind: type) -> None:
     global _registered  # noqa: PLW0603  # a mapping is exchanged whole, never written to
     check_name(name, "register_type")
     with _REGISTER_LOCK:
-        _registered = MappingProxyType({**_registered, name: kind})
+        _registered = MappingProxyType({**_registered, name: load})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,7 +383,7 @@ def _lookup(name: str, names: Mapping[str, Any], text: str) -> Any:
         return kind
     for spelling in (name, *(name.removeprefix(each) for each in _OWN_NAMESPACES)):
         if spelling in _registered:
-            return _registered[spelling]
+            return _registered[spelling]()
     hint, name = nearest(name, (*names, *_registered)), _shown(name)
     raise SignatureError(
         f"The type `{name}` in `{text}` is unknown. {hint}"

@@ -31,7 +31,6 @@ from dspylite.adapters.types.media import (
     split_data_uri,
 )
 from dspylite.errors import MediaError
-from dspylite.schema.grammar import register_type
 
 KINDS = ("audio/",)
 
@@ -304,6 +303,3 @@ def _pcm(samples: Sequence[Any], dtype: str) -> array[int]:
     if not all(map(math.isfinite, samples)):
         raise MediaError("A sample is not a finite number.")
     return array("h", [min(max(math.floor(each * 32_768), -32_768), 32_767) for each in samples])
-
-
-register_type("Audio", Audio)

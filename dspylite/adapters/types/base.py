@@ -7,21 +7,14 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pydantic
 
 from dspylite.abc import LanguageModel
+from dspylite.adapters.content import PartsSink, formatted
 from dspylite.schema.messages import LMDelta
 from dspylite.schema.signature import Signature
-
-
-class PartsSink(typing.Protocol):
-    """Who takes the parts of a value while it is written; see `adapters/content.py`."""
-
-    def put(self, parts: list[dict[str, Any]]) -> str:
-        """Take content parts; return the mark that stands for them in the text."""
-        ...
 
 
 class Type(pydantic.BaseModel):
@@ -39,6 +32,8 @@ class Type(pydantic.BaseModel):
         >>> Sticker(url="https://example.org/a.png").format()[0]["type"]
         'image_url'
     """
+
+    __field_kind__: ClassVar[str] = "value"
 
     # What pydantic reads and writes values with is made at their first use, and not at import.
     model_config = pydantic.ConfigDict(defer_build=True)
@@ -102,6 +97,13 @@ class Type(pydantic.BaseModel):
         return signature
 
     @classmethod
+    def is_native_output(cls) -> bool:
+        """Tell whether a feature of a model may give the value, because the type knows how."""
+        hook = "adapt_to_native_lm_feature"
+        own = next(base for base in cls.__mro__ if hook in vars(base))
+        return own is not Type
+
+    @classmethod
     def parse_lm_response(cls, response: Mapping[str, Any]) -> Any:
         """Read the value from what a model gave beside its text; None if it gave none.
 
@@ -126,18 +128,3 @@ class Type(pydantic.BaseModel):
         """Inside of another value that is written into a prompt, write as `format` says."""
         sink: PartsSink | None = info.context if hasattr(info.context, "put") else None
         return handler(self) if sink is None else formatted(self, sink)
-
-
-def is_parts(written: Any) -> bool:
-    """Tell whether what `format` gave are content parts, and not a JSON value."""
-    return (
-        isinstance(written, list)
-        and bool(written)
-        and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in written)
-    )
-
-
-def formatted(value: Type, sink: PartsSink) -> Any:
-    """Write a value as it says itself; parts go to the sink, and their mark stands for them."""
-    written = value.format()
-    return sink.put(written) if is_parts(written) else written

@@ -14,7 +14,6 @@ from dspylite.abc import LanguageModel
 from dspylite.adapters.types.base import Type
 from dspylite.adapters.types.media import MAX_FILE_BYTES, check_base64
 from dspylite.errors import clip
-from dspylite.schema.grammar import register_type
 from dspylite.schema.signature import Signature
 
 _PLACES = ("document_index", "start_char_index", "end_char_index")
@@ -223,7 +222,3 @@ class Document(Type):
     def description(cls) -> str:
         """Tell a model what it is."""
         return "A source whose text can be cited."
-
-
-register_type("Citations", Citations)
-register_type("Document", Document)

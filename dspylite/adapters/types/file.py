@@ -27,7 +27,6 @@ from dspylite.adapters.types.media import (
     split_data_uri,
 )
 from dspylite.errors import MediaError, clip
-from dspylite.schema.grammar import register_type
 
 _FIELDS = ("file_data", "file_id", "filename")
 _ANY_KIND = "application/octet-stream"
@@ -188,6 +187,3 @@ def _fields(source: Any) -> dict[str, Any]:
     if isinstance(source, os.PathLike):
         raise MediaError("A path is no file yet. Read it with `File.from_path(path)`.")
     raise MediaError(f"A file is made of bytes or a data URI, not of `{type(source).__name__}`.")
-
-
-register_type("File", File)

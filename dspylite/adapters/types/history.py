@@ -6,11 +6,9 @@ Not here: how they stand before a question (`adapters/`), and the record of call
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
-
-from dspylite.schema.grammar import register_type
 
 
 class History(pydantic.BaseModel):
@@ -30,6 +28,8 @@ class History(pydantic.BaseModel):
         2
     """
 
+    __field_kind__: ClassVar[str] = "history"
+
     messages: list[dict[str, Any]]
 
     model_config = pydantic.ConfigDict(
@@ -38,6 +38,3 @@ class History(pydantic.BaseModel):
         extra="forbid",
         json_schema_extra={"description": "Earlier turns of the conversation, oldest first."},
     )
-
-
-register_type("History", History)

@@ -29,7 +29,6 @@ from dspylite.adapters.types.media import (
     split_data_uri,
 )
 from dspylite.errors import MediaError
-from dspylite.schema.grammar import register_type
 
 KINDS = ("image/", "application/pdf")
 """What may stand where an image is wanted; several providers read a PDF there."""
@@ -270,6 +269,3 @@ def _scheme(url: str) -> str:
         return parts.scheme if parts.hostname else ""
     except ValueError:
         return ""
-
-
-register_type("Image", Image)

@@ -20,7 +20,6 @@ from pydantic_core import CoreSchema
 from dspylite.abc import LanguageModel
 from dspylite.adapters.types.base import Type
 from dspylite.errors import SignatureError
-from dspylite.schema.grammar import register_type
 from dspylite.schema.messages import LMDelta
 from dspylite.schema.signature import Signature
 
@@ -318,7 +317,3 @@ def _plain(other: Reasoning | str) -> str:
     if not isinstance(other, Reasoning | str):
         raise TypeError(f"A `Reasoning` is compared with texts, not with {type(other).__name__}.")
     return str(other)
-
-
-register_type("Code", Code)
-register_type("Reasoning", Reasoning)

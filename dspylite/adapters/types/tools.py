@@ -23,7 +23,6 @@ from dspylite.errors import ToolError, nearest
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow, within_deadline
 from dspylite.runtime.homes import LoopHome
-from dspylite.schema.grammar import register_type
 
 
 class Tool(Type):
@@ -56,6 +55,7 @@ class Tool(Type):
     """
 
     kind: ClassVar[str] = "tool"
+    __field_kind__: ClassVar[str] = "tool"
 
     func: Callable[..., Any]
     name: str
@@ -316,6 +316,7 @@ class ToolCalls(Type):
         'search'
     """
 
+    __field_kind__: ClassVar[str] = "tool calls"
     ToolCall: ClassVar[type[_Call]] = ToolCall
 
     tool_calls: list[_Call]
@@ -456,8 +457,3 @@ class ToolCallResults(pydantic.BaseModel):
         if isinstance(data, Mapping) and "value" in data:
             return {"tool_call_results": [data]}
         return data
-
-
-register_type("Tool", Tool)
-register_type("ToolCalls", ToolCalls)
-register_type("ToolCallResults", ToolCallResults)
