@@ -117,8 +117,8 @@ if typing.TYPE_CHECKING:
     from dspylite.adapters.types.text import Code, Reasoning
     from dspylite.adapters.types.tools import Tool, ToolCallResults, ToolCalls
     from dspylite.adapters.xml import XMLAdapter
-    from dspylite.models.knn import KNN
-    from dspylite.models.retrieval import Embeddings, EmbeddingsWithScores
+    from dspylite.models.retrieval.knn import KNN
+    from dspylite.models.retrieval.retriever import Embeddings, EmbeddingsWithScores
     from dspylite.programs.evaluation.evaluate import Evaluate
     from dspylite.programs.evaluation.judges import CompleteAndGrounded, SemanticF1
     from dspylite.programs.evaluation.metrics import (
@@ -154,8 +154,8 @@ _LATER: dict[str, str] = {
     "adapters.types.text": "Code Reasoning",
     "adapters.types.tools": "Tool ToolCallResults ToolCalls",
     "adapters.xml": "XMLAdapter",
-    "models.knn": "KNN",
-    "models.retrieval": "Embeddings EmbeddingsWithScores",
+    "models.retrieval.knn": "KNN",
+    "models.retrieval.retriever": "Embeddings EmbeddingsWithScores",
     "programs.evaluation.evaluate": "Evaluate",
     "programs.evaluation.judges": "CompleteAndGrounded SemanticF1",
     "programs.evaluation.metrics": "answer_exact_match answer_passage_match normalize_text",

@@ -29,7 +29,7 @@ from dspylite.errors import (
     LMConfigurationError,
     LMServerError,
 )
-from dspylite.models.search import Rows
+from dspylite.models.retrieval.search import Rows
 from dspylite.testing import FakeEmbedder, FakeServer, Reply
 from tests.letters import CORPUS, letter_counts
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from dspylite import EmbeddingMatrix
 from dspylite.models.numpy_door import load_numpy
-from dspylite.models.search import Rows, _dot, _lengths, normalized
+from dspylite.models.retrieval.search import Rows, _dot, _lengths, normalized
 
 Hits = list[tuple[int, float]]
 

@@ -1,4 +1,4 @@
-"""DSPy's place for retrievers. Not here: the retrievers themselves (`models/retrieval.py`).
+"""DSPy's place for retrievers. Not here: the retrievers themselves (`models/retrieval/`).
 
 Declared for type checkers; the names are loaded when used (`dspy_paths.py`).
 """

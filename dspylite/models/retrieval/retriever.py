@@ -1,7 +1,7 @@
 """`Embeddings` and `EmbeddingsWithScores`: the passages of a corpus that are nearest to a query.
 
-Not here: how texts become vectors and which are near (`models/nearest.py`), and the files of a
-saved corpus (`models/saved_corpus.py`).
+Not here: how texts become vectors and which are near (`nearest.py`), and the files of a saved
+corpus (`saved.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 from dspylite.abc import Io
 from dspylite.errors import LMConfigurationError
 from dspylite.models.matrix import EmbeddingMatrix
-from dspylite.models.nearest import (
+from dspylite.models.retrieval.nearest import (
     Vectorizer,
     checked_embedder,
     checked_k,
@@ -23,8 +23,8 @@ from dspylite.models.nearest import (
     embed_texts,
     nearest,
 )
-from dspylite.models.saved_corpus import SavedCorpus, read_corpus, write_corpus
-from dspylite.models.search import Rows, normalized
+from dspylite.models.retrieval.saved import SavedCorpus, read_corpus, write_corpus
+from dspylite.models.retrieval.search import Rows, normalized
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import checked_callbacks

@@ -1,6 +1,6 @@
 """Which rows of a block are nearest to a vector: exactly, and the same with and without numpy.
 
-Not here: where the vectors come from (`models/nearest.py`).
+Not here: where the vectors come from (`models/retrieval/nearest.py`).
 """
 
 from __future__ import annotations

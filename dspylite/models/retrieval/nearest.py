@@ -1,6 +1,6 @@
 """What retrievers share: texts become vectors by whatever embeds, and the nearest rows are found.
 
-Not here: the search among vectors (`models/search.py`).
+Not here: the search among vectors (`models/retrieval/search.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dspylite.abc import Io
 from dspylite.errors import EmbeddingShapeError, InputFieldError, LMConfigurationError
 from dspylite.models.embedder import Embedder
 from dspylite.models.matrix import EmbeddingMatrix
-from dspylite.models.search import Rows, normalized
+from dspylite.models.retrieval.search import Rows, normalized
 
 Vectorizer = Embedder | Callable[[list[str]], Any]
 """An embedder, or a function from a list of texts to one vector per text, sync or async."""

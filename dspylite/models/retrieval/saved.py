@@ -2,7 +2,7 @@
 
 `config.json` holds the passages and the options, `corpus_embeddings.npy` the vectors. DSPy reads
 what is written here, and what DSPy wrote is read here. No pickle is ever loaded: an `.npy` file of
-objects, which would be one, is refused. Not here: the search (`models/search.py`).
+objects, which would be one, is refused. Not here: the search (`models/retrieval/search.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`KNN`: the examples of a set whose inputs are nearest to the given ones.
 
-Not here: how texts become vectors and which are near (`models/nearest.py`).
+Not here: how texts become vectors and which are near (`models/retrieval/nearest.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from typing import Any
 from dspylite.abc import Io
 from dspylite.errors import InputFieldError
 from dspylite.models.matrix import EmbeddingMatrix
-from dspylite.models.nearest import Vectorizer, checked_embedder, checked_k, embed_texts, nearest
-from dspylite.models.search import Rows
+from dspylite.models.retrieval.nearest import (
+    Vectorizer,
+    checked_embedder,
+    checked_k,
+    embed_texts,
+    nearest,
+)
+from dspylite.models.retrieval.search import Rows
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.schema.records import Example
 

@@ -1,0 +1,1 @@
+"""Search over a corpus of texts by their vectors."""
