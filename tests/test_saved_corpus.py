@@ -25,7 +25,7 @@ import pytest
 
 import dspylite as dspy
 from dspylite.errors import LMConfigurationError, SavedEmbeddingsError
-from dspylite.models import saved_corpus
+from dspylite.models.retrieval import saved as saved_files
 from tests.letters import CORPUS, letter_counts
 
 DSPYS = Path(__file__).parent / "data" / "dspy_retriever"
@@ -136,7 +136,7 @@ def test_vectors_are_little_endian_on_a_machine_of_the_other_order(saved: Path) 
     """Directories are copied between machines."""
     raw = array("f", [1.0, 2.5])
     with mock.patch.object(sys, "byteorder", "big" if sys.byteorder == "little" else "little"):
-        swapped = saved_corpus._little_endian(array("f", raw))
+        swapped = saved_files._little_endian(array("f", raw))
     swapped.byteswap()
     assert swapped == raw
 
@@ -379,7 +379,7 @@ def test_header_that_promises_too_much_costs_no_memory(promise: Any, saved: Path
 
 
 def test_config_beyond_its_limit_is_not_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saved_corpus, "MAX_CONFIG_BYTES", 100)
+    monkeypatch.setattr(saved_files, "MAX_CONFIG_BYTES", 100)
     with pytest.raises(SavedEmbeddingsError, match="more than 100 bytes"):
         loaded(saved)
 
@@ -411,7 +411,7 @@ def test_lock_that_somebody_keeps_holds_nobody_up(
 ) -> None:
     import fcntl  # not on every system
 
-    monkeypatch.setattr(saved_corpus, "_MAX_WAIT_S", 0.05)
+    monkeypatch.setattr(saved_files, "_MAX_WAIT_S", 0.05)
     opened = os.open(saved, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX)
