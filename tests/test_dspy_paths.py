@@ -267,7 +267,7 @@ def test_global_history_is_the_live_one() -> None:
     """DSPy's programs read the last calls of all LMs from there."""
     from_path = importlib.import_module("dspylite.clients.base_lm").GLOBAL_HISTORY
     assert from_path is GLOBAL_HISTORY
-    before = len(from_path)
+    before = list(from_path)[-1:]
     dspylite.OfflineLM()("Which city? Paris.")
-    assert len(from_path) == before + 1
+    assert [from_path[-1]] != before
     assert from_path[-1]["model"] == "offline/extractive"
