@@ -19,6 +19,7 @@ from dspylite.concurrency.run import Budget, Run
 from dspylite.errors import CallCancelledError
 from dspylite.runtime.flow import BLOCKING, run_flow
 from dspylite.runtime.interrupts import LOOK_EVERY_S, is_main_interrupted
+from dspylite.runtime.loops import start_thread
 
 GRACE_S = 0.2
 """How long workers that were told to stop are waited for, so that those which see it at once have
@@ -319,7 +320,7 @@ def _start_thread(work: Callable[[], None], budget: Budget | None) -> None:
 
     name = f"dspylite-worker-{next(_WORKER_NUMBERS)}"
     try:
-        threading.Thread(target=run, name=name, daemon=True).start()  # a daemon delays no exit
+        start_thread(run, name)
     except RuntimeError:
         if budget is not None:
             budget.give()

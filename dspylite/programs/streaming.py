@@ -36,6 +36,7 @@ from dspylite.runtime.loops import (
     poster,
     running_library,
     start_task,
+    start_thread,
 )
 from dspylite.runtime.settings import pin, settings
 from dspylite.runtime.threads import InContext, carried_context
@@ -205,7 +206,7 @@ class _Production:
             still = STANDING_STILL.get() | {threading.get_ident()}
             self._context.run(STANDING_STILL.set, still)
         run = partial(self._context.run, self._run_here)
-        threading.Thread(target=run, name="dspylite-stream", daemon=True).start()
+        start_thread(run, "dspylite-stream")
 
     def start_task(self) -> None:
         """Start as a task of the running event loop, unless it has started."""

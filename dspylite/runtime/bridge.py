@@ -7,7 +7,6 @@ crossings (`runtime/flow.py`).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
@@ -15,7 +14,12 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from dspylite.errors import CallCancelledError
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
-from dspylite.runtime.loops import load_thread_loops, running_library, standing_still
+from dspylite.runtime.loops import (
+    load_thread_loops,
+    running_library,
+    standing_still,
+    start_thread,
+)
 from dspylite.runtime.threads import carried_context
 
 P = ParamSpec("P")
@@ -58,7 +62,7 @@ def _await_helper(work: Callable[[], T], seconds: float | None) -> T:
         target = partial(deliver, result, partial(carried_context().run, work))
         handle = None if outer is None else outer.watch(partial(_give_up, result, outer))
         try:
-            threading.Thread(target=target, daemon=True).start()  # Ctrl-C may come in here, too
+            start_thread(target, "dspylite-helper")  # Ctrl-C may come in here, too
             return result.result(seconds)
         finally:
             if outer is not None:

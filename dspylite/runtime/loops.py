@@ -124,3 +124,20 @@ def load_thread_loops() -> Any:
     from dspylite.runtime import thread_loops  # noqa: PLC0415
 
     return thread_loops
+
+
+def start_thread(work: Callable[[], object], name: str) -> None:
+    """Start a thread of ours: a daemon, which delays no exit and takes the loop it kept with it.
+
+    Raises:
+        RuntimeError: The system has no more threads.
+    """
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            if (loops := sys.modules.get(f"{__package__}.thread_loops")) is not None:
+                loops.end_thread_loop()
+
+    threading.Thread(target=run, name=name, daemon=True).start()

@@ -59,6 +59,12 @@ class _ThreadLoop:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
 
+    def end(self) -> None:
+        if self.usable() and not self._loop.is_running():
+            # By it the sessions that live as long as their loop hear that it ends.
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
     def __del__(self) -> None:
         if self.usable() and not self._loop.is_running():
             self._loop.close()
@@ -81,6 +87,17 @@ def run_on_thread_loop(fn: Callable[..., Awaitable[T]]) -> T:
             _INHERITED.append(loop)
         loop = _LOCAL.loop = _ThreadLoop()
     return loop.run(fn)
+
+
+def end_thread_loop() -> None:
+    """Close the loop that this thread keeps, if it has one, with what was opened in it.
+
+    For threads of ours that end. Threads of others close it with themselves, and what was opened in
+    it when the next loop opens something.
+    """
+    loop: _ThreadLoop | None = vars(_LOCAL).pop("loop", None)
+    if loop is not None:
+        loop.end()
 
 
 _TASKS: set[asyncio.Task[None]] = set()

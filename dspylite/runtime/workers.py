@@ -21,7 +21,7 @@ from anyio.lowlevel import RunVar, current_token
 
 from dspylite.runtime.bridge import deliver
 from dspylite.runtime.cancellation import CANCELLATION, Cancellation
-from dspylite.runtime.loops import Post, post_quietly, poster_of
+from dspylite.runtime.loops import Post, post_quietly, poster_of, start_thread
 from dspylite.runtime.settings import settings
 from dspylite.runtime.threads import carried_context
 
@@ -280,6 +280,6 @@ async def _on_daemon(work: Callable[[], T], loop: _Loop) -> T:
         deliver(result, work)
         post_quietly(post, ended.set)
 
-    threading.Thread(target=run, name="dspylite-worker", daemon=True).start()
+    start_thread(run, "dspylite-worker")
     await ended.wait()
     return result.result()
