@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -166,6 +167,33 @@ def test_64_threads_and_three_loops_make_one_request(
     assert values(results) == [ANSWER] * (64 + 3 * 16)
     assert (len(server.requests), dspy.cache.stats().shared) == (1, 64 + 3 * 16 - 1)
     assert dspy.cache.stats().misses == 1
+
+
+def test_a_late_comer_finds_the_first_answer_of_a_directory(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    """Its key was made before the directory had a salt, and must be that of the answer (B 5.5)."""
+    first_is_kept = threading.Event()
+    is_late = threading.Event()
+
+    class Late(Flights):
+        def join(self, key: str, loop: object) -> tuple[Flight, bool]:
+            if threading.current_thread().name == "late":
+                is_late.set()
+                assert first_is_kept.wait(LIMIT_S)
+            return super().join(key, loop)
+
+    with cache_in(tmp_path / "new") as cache:
+        cache.flights = Late()
+        lm = lm_of(server)
+        late = threading.Thread(target=lm, args=("?",), name="late")
+        late.start()
+        assert is_late.wait(LIMIT_S)
+        lm("?")
+        first_is_kept.set()
+        late.join(LIMIT_S)
+        cache.close()
+    assert len(server.requests) == 1
 
 
 def test_predictors_that_share_an_answer_are_billed_once(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspylite import Adapter, ChatAdapter, JSONAdapter, Signature
+from dspylite import Adapter, ChatAdapter, JSONAdapter, Signature, XMLAdapter
 from dspylite.adapters.base import header, section
 from dspylite.adapters.streaming import ElementReader, FieldChunk, FieldReader, SectionReader
 from dspylite.adapters.streaming_json import ObjectReader
@@ -26,11 +25,12 @@ from dspylite.schema.signature import ensure_signature
 
 TEXTS = ensure_signature("question -> first: str, second: str")
 VALUES = ensure_signature("question -> first: str, second: dict")
-CHAT, JSON = ChatAdapter(), JSONAdapter()
+CHAT, JSON, XML = ChatAdapter(), JSONAdapter(), XMLAdapter()
 
 MARKS = [
     header("first"), header("second"), header("third"), header("completed"), "\\[[ ## ", "[[ ## ",
-    "[[", " ## ]]", "<first>", "</first>", "<\\first>", "</second >", '"', "\\", "'", "{", "}",
+    "[[", " ## ]]", "<first>", "</first>", "<\\first>", "</second >",
+    "<\\/first\t>", '"', "\\", "'", "{", "}",
     '", "second": "', "\n", "\n\n", "\r\n", " ", "\t", "\u2028", "//",
     "/*", "\\n", "\\u00e9", "x", "é", "😀",
 ]  # fmt: skip
@@ -190,20 +190,26 @@ def test_elements_give_their_text_wherever_the_answer_is_cut(
     first: str, second: str, places: list[int]
 ) -> None:
     """Tags of fields in a value are escaped by a backslash; all other tags are text."""
-    one, other = escape_tags(first), escape_tags(second)
+    one, other = XML.escape(TEXTS, first), XML.escape(TEXTS, second)
     text = f"Well: <first>\n{one}\n</first> and <second>{other}</second>"
-    joined, chunks = read(ElementReader(["first", "second"], ["question"]), cut(text, places))
-    assert joined == {"first": unpad(first).strip(), "second": unpad(second).strip()}
+    joined, chunks = read(reader_of(XML, TEXTS), cut(text, places))
+    assert joined == XML.parse(TEXTS, text) == {"first": first.strip(), "second": second.strip()}
     assert [chunk.field for chunk in chunks if chunk.is_last] == ["first", "second"]
 
 
-def escape_tags(text: str) -> str:
-    return re.sub(r"<(\\*)(/?)(first|second|question)[ \t]*>", r"<\\\1\2\3>", text)
-
-
-def unpad(text: str) -> str:
-    """Escaping drops the blanks in a tag."""
-    return re.sub(r"<(\\*)(/?)(first|second|question)[ \t]*>", r"<\1\2\3>", text)
+@given(parts=st.lists(st.sampled_from(MARKS), max_size=14), places=CUTS)
+def test_hostile_elements_are_taken_apart_as_parse_takes_them(
+    parts: list[str], places: list[int]
+) -> None:
+    """Whatever `parse` accepts has the same outputs; what it refuses does no harm."""
+    text = f"<first>{''.join(parts)}</first><second></second>"
+    joined, _ = read(reader_of(XML, TEXTS), cut(text, places))
+    assert joined == read(reader_of(XML, TEXTS), [text])[0]
+    try:
+        expected = XML.parse(TEXTS, text)
+    except AdapterParseError:
+        return
+    assert {name: joined.get(name, "") for name in expected} == expected
 
 
 @pytest.mark.parametrize(

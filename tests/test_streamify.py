@@ -6,6 +6,7 @@ Not here: how outputs are found in an answer (`test_stream_readers.py`), and str
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import pickle
 import threading
@@ -56,6 +57,7 @@ from dspylite.errors import (
     SignatureError,
     TruncatedError,
 )
+from dspylite.runtime.cancellation import Cancellation
 from dspylite.testing import FakeLM, FakeServer, Reply
 
 KEY = "sk-key-of-this-test-0123456789"
@@ -313,6 +315,22 @@ def test_an_adapter_without_a_reader_gives_each_output_in_one_piece(server: Fake
     assert found[:-1] == [StreamResponse("self", "answer", "PARIS", is_last_chunk=True)]
 
 
+class OwnWay(ChatAdapter):
+    """Asks in a way of its own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        return [{"answer": "Paris", "other": 1}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_that_asks_in_its_own_way_gives_each_output_in_one_piece(way: str) -> None:
+    """Whoever listens hears it, whoever answers."""
+    found = events(
+        way, PREDICT, lm=FakeLM([]), stream_listeners=ANSWER, changes={"adapter": OwnWay()}
+    )
+    assert found[:-1] == [StreamResponse("self", "answer", "Paris", is_last_chunk=True)]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_model_that_cannot_stream_gives_each_output_in_one_piece(way: str) -> None:
     """The stream is the same for whoever reads it."""
@@ -347,6 +365,22 @@ def test_a_streamed_answer_that_cannot_be_read_is_not_kept(
         events("sync", PREDICT, lm=lm_of(server), stream_listeners=ANSWER, changes=changes)
     found = events("sync", PREDICT, lm=lm_of(server), stream_listeners=ANSWER, changes=changes)
     assert found[-1].answer == "Paris"
+    assert len(server.requests) == 2
+
+
+def test_a_streamed_answer_that_cannot_be_read_takes_no_other_ones_place(
+    server: FakeServer, cache_in: Callable[..., Cache], tmp_path: Path
+) -> None:
+    """What another caller has kept meanwhile stays; nobody finds the bad one in between."""
+    cache_in(tmp_path)
+    server.script(Reply(chunks=["no sections "] * 40), Reply(text=answer("Paris")))
+    with context(lm=lm_of(server), adapter=ChatAdapter(use_json_adapter_fallback=False)):
+        stream = streamify(PREDICT, async_streaming=False)(question="?")
+        next(stream)
+        assert PREDICT(question="?").answer == "Paris"
+        with pytest.raises(AdapterParseError):
+            list(stream)
+        assert PREDICT(question="?").answer == "Paris"
     assert len(server.requests) == 2
 
 
@@ -858,6 +892,39 @@ def test_a_stream_that_nobody_reads_starts_nothing(server: FakeServer) -> None:
     assert server.requests == ()
 
 
+def test_a_stream_closed_by_another_thread_while_it_starts_does_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A framework may close for a client that leaves while the first event is fetched."""
+    ran: list[int] = []
+
+    def close_meanwhile(parent: Any) -> Cancellation:
+        closer = threading.Thread(target=stream.close)
+        closer.start()
+        closer.join(10)
+        return Cancellation(parent)
+
+    monkeypatch.setattr("dspylite.programs.streaming.Cancellation", close_meanwhile)
+    stream = streamify(lambda: ran.append(1), async_streaming=False)()
+    with pytest.raises(CallCancelledError):
+        next(stream)
+    assert (list(stream), ran) == ([], [])
+
+
+def test_a_stream_whose_thread_cannot_start_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the machine has no more threads; a second step would wait for ever."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    stream = streamify(lambda: 1, async_streaming=False)()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            next(stream)
+    assert list(stream) == []
+
+
 def test_threads_and_connections_of_left_streams_do_not_pile_up(server: FakeServer) -> None:
     """A hundred readers that go away leave nothing behind."""
     lm = lm_of(server)
@@ -943,8 +1010,6 @@ def test_a_sync_call_inside_of_an_async_program_does_not_wait_for_its_own_reader
 
 def test_work_around_a_stream_that_is_told_to_stop_stops_the_stream(server: FakeServer) -> None:
     """The flag of the caller reaches the program of a stream that it has opened."""
-    from dspylite.runtime.cancellation import Cancellation
-
     server.script(ENDLESS)
     with Cancellation() as flag, context(lm=lm_of(server)):
         stream = streamify(PREDICT, stream_listeners=ANSWER, async_streaming=False)(question="?")
@@ -969,6 +1034,32 @@ def test_a_loop_that_ends_takes_its_streams_with_it(backend: str, server: FakeSe
     anyio.run(read, backend=backend)
     server.wait_until_idle()
     assert [request.client_left for request in server.requests] == [True]
+
+
+async def say_one_and_wait() -> None:
+    assert settings.send_stream is not None
+    await settings.send_stream.send(1)
+    await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("way", ["anext", "aclose"])
+def test_a_stream_of_a_closed_loop_does_not_wait_for_it(way: str) -> None:
+    """As by who runs a loop for each step, and closes it without ending its tasks."""
+    stream = streamify(say_one_and_wait)()
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(anext(stream)) == 1
+    loop.close()
+
+    async def go_on() -> None:
+        with anyio.fail_after(10):
+            if way == "aclose":
+                await stream.aclose()
+            else:
+                with pytest.raises(CallCancelledError, match="loop"):
+                    await anext(stream)
+            assert [event async for event in stream] == []
+
+    anyio.run(go_on)
 
 
 def test_many_streams_at_once_do_not_mix(server: FakeServer) -> None:

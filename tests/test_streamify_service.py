@@ -199,12 +199,16 @@ def lines(*events: Any, error: Exception | None = None) -> list[str]:
             '"is_last_chunk": true, "item_index": 0, "is_restart": true}}',
         ),
         ("half \ud83d", '{"value": "half ?"}'),
+        (Prediction(score=float("nan"), of="NaN"), '{"prediction": {"score": null, "of": "NaN"}}'),
+        ("a\u2028b\u2029c\x85d", '{"value": "a\\u2028b\\u2029c\\u0085d"}'),
     ],
 )
 def test_every_event_is_one_line_of_data(event: Any, data: str) -> None:
     """No text of a model or user can end its event and forge another."""
     assert lines(event) == [f"data: {data}\n\n", "data: [DONE]\n\n"]
     assert lines(event)[0].encode()
+    assert lines(event)[0].splitlines() == [f"data: {data}", ""]  # as httpx and others split it
+    json.loads(data, parse_constant=pytest.fail)
 
 
 def test_failures_of_others_are_told_without_their_words(

@@ -327,7 +327,6 @@ class ElementReader:
         name, is_end, open_one = self._tag.removeprefix("/"), self._tag[0] == "/", self._out.name
         if self._backslashes:
             self._backslashes -= 1
-            self._tail.clear()
             self._go_on(">")
             return
         if name not in self._outputs or open_one not in (None, name):

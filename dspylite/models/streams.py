@@ -69,9 +69,14 @@ class LMStream:
     def __next__(self) -> LMDelta:
         piece = self._source.call()
         if piece is None:
-            self._is_over = True
+            self._end()
             raise StopIteration
         return self._marked(piece)
+
+    def _end(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._source.response.judge(is_readable=True)  # any text is
 
     def _marked(self, piece: LMDelta) -> LMDelta:
         return piece if self.item_index is None else replace(piece, item_index=self.item_index)
@@ -98,7 +103,7 @@ class LMStream:
     async def __anext__(self) -> LMDelta:
         piece = await self._source.acall()
         if piece is None:
-            self._is_over = True
+            self._end()
             raise StopAsyncIteration
         return self._marked(piece)
 

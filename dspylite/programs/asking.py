@@ -63,7 +63,15 @@ async def _own_way(io: Io, adapter: Adapter, question: Question) -> Prediction:
         demos=list(question.demos),
         inputs=dict(question.inputs),
     )
-    return Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
+    return await _made_of(io, question, rows)
+
+
+async def _made_of(io: Io, question: Question, rows: Sequence[Mapping[str, Any]]) -> Prediction:
+    """Make a prediction of the answers; whoever listens hears what it has not heard yet."""
+    prediction = Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
+    if question.ear is not None:
+        await question.ear.finish(io, rows[0])
+    return prediction
 
 
 async def _asked(io: Io, adapter: Adapter, question: Question) -> Prediction:
@@ -79,9 +87,7 @@ async def _asked(io: Io, adapter: Adapter, question: Question) -> Prediction:
             rows = await _Asking(io, adapter.fallback, question, responses).rows()
         except AdapterParseError as second:
             raise second from error
-    if question.ear is not None:
-        await question.ear.finish(io, rows[0])
-    prediction = Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
+    prediction = await _made_of(io, question, rows)
     usage: dict[str, Usage] = {}
     for response in responses:
         name = response.answered_by or question.lm.model

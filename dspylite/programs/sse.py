@@ -5,6 +5,7 @@ Not here: what the events are (`programs/stream_events.py`).
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable
 from typing import Any, overload
@@ -16,6 +17,9 @@ from dspylite.programs.stream_events import as_plain
 logger = logging.getLogger(__name__)
 
 _DONE = "data: [DONE]\n\n"
+
+# Of events they end no line, but many a client looks for lines as `str.splitlines` does.
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 @overload
@@ -30,9 +34,10 @@ def streaming_response(streamer: Any) -> Any:
     r"""Write what a streamed program gives as server-sent events, ended by `data: [DONE]`.
 
     Each is one JSON object, with a key that tells its kind: `prediction`, `stream_response`,
-    `status_message`, `chunk` (a piece of a model's answer in OpenAI's form), or `value`. A failure
-    is an `event: error` with the body of `error.to_http()`, which names nothing behind the service,
-    and there is no `[DONE]` after it. Closing the iterator closes the stream.
+    `status_message`, `chunk` (a piece of a model's answer in OpenAI's form), or `value`. NaN and
+    infinity are null in it. A failure is an `event: error` with the body of `error.to_http()`,
+    which names nothing behind the service, and there is no `[DONE]` after it. Closing the iterator
+    closes the stream.
 
     Args:
         streamer: What the function made by `streamify` gave, async or sync.
@@ -83,8 +88,11 @@ def _lines(streamer: Iterable[Any]) -> Generator[str, None, None]:
 
 
 def _line(event: Any) -> str:
+    data = to_json(as_plain(event))
+    if "NaN" in data or "Infinity" in data:
+        data = to_json(json.loads(data, parse_constant=lambda _: None))
     # Half a character, which a model may have written, cannot be sent.
-    data = to_json(as_plain(event)).encode("utf-8", "replace").decode("utf-8")
+    data = data.encode("utf-8", "replace").decode("utf-8").translate(_LINE_ENDS)
     return f"data: {data}\n\n"
 
 

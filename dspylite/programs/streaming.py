@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, ParamSpec, overload
 
 import anyio
+from anyio.lowlevel import current_token
 
 from dspylite.abc import Io
 from dspylite.errors import CallCancelledError, InputFieldError, ModuleError
@@ -197,6 +198,8 @@ class _Production:
         self._context = carried_context()
         self._flag: Cancellation | None = None
         self._starts = [True]
+        self._is_left = False
+        self._loop: Any = None  # on which it runs as a task
 
     def start_thread(self) -> None:
         """Start on a thread of its own, unless it has started."""
@@ -211,7 +214,15 @@ class _Production:
     def start_task(self) -> None:
         """Start as a task of the running event loop, unless it has started."""
         if self._may_start():
+            self._loop = current_token().native_token
             start_task(self._run_on_loop)
+
+    async def next_of_task(self) -> tuple[Any] | tuple[()]:
+        """Await the next item; where the loop of the task was closed over it, none will come."""
+        is_closed = getattr(self._loop, "is_closed", None)  # trio's loops end all that is in them
+        if is_closed is not None and is_closed():
+            self._end(CallCancelledError("Cancelled: the event loop of the program ended."))
+        return await self.channel.aget()
 
     def _may_start(self) -> bool:
         try:
@@ -220,10 +231,13 @@ class _Production:
             return False
         self._flag = Cancellation(self._context.run(CANCELLATION.get))
         self._context.run(CANCELLATION.set, self._flag)
+        if self._is_left:  # by another thread, which saw no flag yet
+            self.stop()
         return True
 
     def stop(self) -> None:
         """Tell it to stop, from whatever thread; nothing happens where it has ended."""
+        self._is_left = True
         self._starts.clear()
         if self._flag is not None:
             self._flag.cancel("the reader of the stream left")
@@ -291,8 +305,8 @@ class _Stream(Generator[Any, None, None]):
     def __next__(self) -> Any:
         if self._is_over:
             raise StopIteration
-        self._production.start_thread()
         try:
+            self._production.start_thread()
             taken = self._production.channel.get()
         except BaseException:
             self.close()
@@ -334,9 +348,9 @@ class _AsyncStream(AsyncGenerator[Any, None]):
         if self._is_over:
             raise StopAsyncIteration
         self._is_started = True
-        self._production.start_task()
         try:
-            taken = await self._production.channel.aget()
+            self._production.start_task()
+            taken = await self._production.next_of_task()
         except BaseException:
             self._stop()
             raise
@@ -366,7 +380,7 @@ class _AsyncStream(AsyncGenerator[Any, None]):
         self._stop()
         if self._is_started:
             try:
-                while await self._production.channel.aget():
+                while await self._production.next_of_task():
                     pass
             except Exception as error:  # noqa: BLE001  # nobody asked for it; most say "cancelled"
                 logger.debug("a stream that was left ended with %s", type(error).__name__)

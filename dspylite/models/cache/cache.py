@@ -270,14 +270,15 @@ class Cache:
         """Return what fingerprints of secrets are salted with.
 
         A directory has one; it is made together with the first answer that is kept there. Until
-        then, and without a directory, this process has one of its own.
+        then, and without a directory, this process has one of its own, which the directory takes
+        over: the keys of calls under way stay what they are.
 
         Args:
             make: Whether the directory gets one now, if it has none.
         """
         if self._is_salt_kept or self.disk_cache is None or time.monotonic() < self._ask_salt_at:
             return self._salt
-        found = self.disk_cache.salt(make=make)
+        found = self.disk_cache.salt(self._salt if make else None)
         if found is not None:
             self._salt, self._is_salt_kept = found, True
         elif make:

@@ -266,10 +266,7 @@ class _Asked:
 
 
 class _KeptStream(WatchedStream):
-    """A stream whose answer is kept when it has come to its proper end.
-
-    A reader that cannot make sense of it may still reject it.
-    """
+    """A stream whose answer can be kept when it has come to its proper end."""
 
     def __init__(self, source: DeltaSource, asked: _Asked) -> None:
         super().__init__(source)
@@ -281,14 +278,13 @@ class _KeptStream(WatchedStream):
         response = super().response
         if self._asked.response is None or response.verdict is not None:
             return response
-        return replace(response, verdict=_Kept(self._asked.cache, self._asked.key))
+        return replace(response, verdict=self._asked)
 
     def ended(self) -> None:
         response = self.response
         if not response.answered_by:  # a fallback keeps its answers itself
             whole = replace(response, attempts=(), stream=None, verdict=None)
             self._asked.response = own_copy(whole)
-            self._asked.accept()
 
 
 def _is_whole(response: LMResponse) -> bool:

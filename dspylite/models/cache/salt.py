@@ -31,8 +31,8 @@ def read_salt(directory: Path) -> bytes | None:
     return file.read_bytes() if is_one else None
 
 
-def make_salt(directory: Path) -> bytes:
-    """Write a salt, or take that of a process which was faster: linking never replaces.
+def make_salt(directory: Path, proposed: bytes) -> bytes:
+    """Write a proposed salt, or take that of a process which was faster: linking never replaces.
 
     Raises:
         OSError: Nothing can be written there.
@@ -41,7 +41,7 @@ def make_salt(directory: Path) -> bytes:
     file = directory / _FILE
     made = file.with_name(f"{_FILE}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        _write_new(made, secrets.token_bytes(SALT_BYTES))
+        _write_new(made, proposed)
         # What is there and is no salt was cut short by a crash or a full disk.
         if os.path.lexists(file) and read_salt(directory) is None:
             os.replace(made, file)

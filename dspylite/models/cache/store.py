@@ -239,19 +239,19 @@ class DiskStore:
         elif self._opened is not None:
             self._opened.close()
 
-    def salt(self, *, make: bool) -> bytes | None:
+    def salt(self, proposed: bytes | None = None) -> bytes | None:
         """Return the salt that this directory's fingerprints are made with.
 
         Args:
-            make: Whether it is made where there is none.
+            proposed: Becomes the salt where there is none.
 
         Returns:
             None where there is none, or none could be had.
         """
         try:
             found = read_salt(self.directory)
-            if found is None and make:
-                found = make_salt(self.directory)
+            if found is None and proposed is not None:
+                found = make_salt(self.directory, proposed)
         except OSError as error:
             self._count("unavailable")
             self._warn("unavailable", str(error))
