@@ -156,6 +156,9 @@ ABSENT: Mapping[str, str] = MappingProxyType(
             "configure_dspy_loggers disable_litellm_logging disable_logging enable_litellm_logging "
             "enable_logging"
         ),
+        "is a part of DSPy that does not run programs; import it from DSPy": (
+            "datasets propose teleprompt"
+        ),
         "is of an older form; use Module, InputField and OutputField": (
             "BaseModule OldField OldInputField OldOutputField"
         ),

@@ -250,3 +250,79 @@ def test_none_in_a_demo_is_missing_unless_the_type_has_it(adapter: Adapter) -> N
     none = demo_messages(adapter, {"question": "Q", "hint": "H", "answer": "A", "score": None})
     assert NOT_GIVEN not in none[1]
     assert "null" in none[1]
+
+
+@pytest.mark.parametrize("adapter", [ChatAdapter(), JSONAdapter(), XMLAdapter(), BAMLAdapter()])
+@pytest.mark.parametrize(
+    "value", [dspy.Code(code="a = 1\nb = '[[ ## answer ## ]]'"), dspy.Reasoning(content="so")]
+)
+def test_a_text_of_a_kind_is_shown_as_the_model_is_to_write_it(
+    adapter: Adapter, value: Any
+) -> None:
+    """A model that writes as its demos and turns do would else give `{"code": ...}` as the code."""
+    fields = {
+        "question": (str, dspy.InputField()),
+        "answer": (type(value), dspy.OutputField()),
+        "others": (list[type(value)], dspy.OutputField()),
+    }
+    signature = make_signature(fields, "answer")
+    outputs = {"answer": value, "others": [value]}
+    shown = adapter.format_assistant_message_content(signature, outputs)
+    assert "content" not in shown
+    assert '"code"' not in shown
+    assert adapter.parse(signature, shown) == outputs
+
+
+def test_a_million_misfits_are_counted_and_not_listed() -> None:
+    """Their details took minutes and four gigabytes, for a message that shows five of them."""
+    fields = {"q": (str, dspy.InputField()), "answer": (list[int], dspy.OutputField())}
+    signature = make_signature(fields, "answer")
+    text = '{"answer": [' + ", ".join(['"x"'] * 20_000) + "]}"
+    with pytest.raises(AdapterParseError, match="20000 places in it are wrong"):
+        JSONAdapter().parse(signature, text)
+    with pytest.raises(AdapterParseError, match=r"0: Input should be .*; 1: Input should be"):
+        JSONAdapter().parse(signature, '{"answer": ["x", "y"]}')
+
+
+class Halfway(ChatAdapter):
+    """Forgets its base's `__init__`, as one that keeps something of its own easily does."""
+
+    def __init__(self) -> None:
+        self.own = 1
+
+
+def test_an_adapter_that_forgets_the_init_of_its_base_works_without_a_fallback() -> None:
+    """Told that it is no adapter, its author would look for the mistake elsewhere."""
+    predict = dspy.Predict(QA)
+    with dspy.context(lm=FakeLM([written("A"), "neither"]), adapter=Halfway()):
+        assert predict(question="q?").answer == "A"
+        with pytest.raises(AdapterParseError, match="`Halfway`"):
+            predict(question="q?")
+
+
+class OwnReading(TwoStepAdapter):
+    def parse(self, signature: Any, completion: str) -> dict[str, Any]:
+        return {"answer": f"read {completion}"}
+
+
+def test_a_two_step_adapter_with_a_parse_of_its_own_reads_by_it() -> None:
+    """An override that nobody calls would be a trap; no second model is asked then."""
+    second = FakeLM(["never"])
+    with dspy.context(lm=FakeLM(["free"]), adapter=OwnReading(second)):
+        assert dspy.Predict(QA)(question="q?").answer == "read free"
+    assert not second.requests
+
+
+@pytest.mark.parametrize("gave", [[], None, {"answer": "A"}, ["A"]])
+def test_a_call_of_ones_own_that_returns_no_rows_is_named(gave: Any) -> None:
+    """An `IndexError` out of the depths would tell its author nothing."""
+
+    class Own(ChatAdapter):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return gave
+
+    with (
+        dspy.context(lm=FakeLM(["x"]), adapter=Own()),
+        pytest.raises(dspy.SettingsError, match=r"`Own.__call__` must return a list"),
+    ):
+        dspy.Predict(QA)(question="q?")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 
 import dspylite as dspy
@@ -20,8 +21,11 @@ from dspylite.errors import (
     LMNotConfiguredError,
     LMServerError,
 )
+from dspylite.models.answers import read_chat_response
+from dspylite.models.completion import as_completion
 from dspylite.models.offline.engine import OfflineEngine
 from dspylite.runtime.history import GLOBAL_HISTORY
+from dspylite.schema.messages import LMOutput, LMResponse, Usage
 from dspylite.testing import FakeClock, FakeLM, FakeServer
 
 KEY = "sk-key-of-this-test-0123456789"
@@ -485,3 +489,77 @@ def test_offline_model_is_never_chosen_silently() -> None:
     """Without an LM a program must fail rather than answer from a toy."""
     with dspy.context(lm=None), pytest.raises(LMNotConfiguredError):
         dspy.Predict("question -> answer")(question="What?")
+
+
+class Edited(dspy.LM):
+    """A hosted model with a form of its own in front, as DSPy programs make them."""
+
+    def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        said = [{"role": "user", "content": "edited"}]
+        answer = super().forward(prompt, said, **{**kwargs, "top_p": 0.5})
+        answer.choices[0].message.content += "!"
+        return answer
+
+
+class EditedTwice(Edited):
+    async def aforward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        said = [{"role": "user", "content": "awaited"}]
+        return await super().aforward(prompt, said, **kwargs)
+
+
+def at(server: FakeServer, kind: type[dspy.LM], **more: Any) -> dspy.LM:
+    return kind("openai/m", api_base=server.base_url, api_key="none", **more)
+
+
+def test_forward_of_a_hosted_model_may_be_overridden() -> None:
+    """Its answers are those of all calls, and never come from the cache of the plain model."""
+    with FakeServer(answer=lambda body: body["messages"][0]["content"]) as server:
+        assert at(server, dspy.LM)("plain") == ["plain"]
+        lm = at(server, Edited, deadline_s=60)
+        assert [lm("plain"), lm("plain"), anyio.run(lm.acall, "plain")] == [["edited!"]] * 3
+        assert anyio.run(at(server, EditedTwice).acall, "plain") == ["awaited"]
+        bodies = [request.body for request in server.requests]
+    assert [body.get("top_p") for body in bodies] == [None, 0.5, 0.5, 0.5, None]
+    assert not any("deadline_s" in body for body in bodies)
+    assert len(lm.history) == 3
+    assert lm.history[-1]["usage"]["total_tokens"] > 0
+
+
+def test_forward_of_a_hosted_model_gives_a_completion_past_the_history() -> None:
+    """DSPy's `lm.forward(prompt=...)`, by attributes and by names."""
+    with FakeServer(answer=lambda _: "Hi") as server:
+        lm = at(server, dspy.LM)
+        answer = lm.forward(prompt="x")
+        awaited = anyio.run(lm.aforward, "x")
+    assert answer.choices[0].message.content == answer["choices"][0]["message"]["content"] == "Hi"
+    assert awaited.usage.total_tokens == answer.usage.total_tokens > 0
+    assert len(lm.history) == 0
+    with pytest.raises(KeyError):
+        answer["nothing"]
+
+
+def test_completion_of_an_answer_reads_as_the_same_answer() -> None:
+    """Nothing is lost between `super().forward()` and the program."""
+    response = LMResponse(
+        outputs=(
+            LMOutput(
+                text="a",
+                finish_reason="tool_calls",
+                reasoning="why",
+                tool_calls=({"id": "1", "function": {"name": "f", "arguments": "{}"}},),
+                citations=({"cited_text": "x"},),
+                logprobs={"content": [{"token": "a"}]},
+            ),
+            LMOutput(text="b"),
+        ),
+        usage=Usage(
+            prompt_tokens=3,
+            completion_tokens=2,
+            total_tokens=6,
+            calls=1,
+            details={"cached_tokens": 1, "reasoning_tokens": 2},
+        ),
+        model="m",
+        request_id="r",
+    )
+    assert read_chat_response(as_completion(response), model="other") == response

@@ -411,12 +411,9 @@ def test_name_on_the_page_is_here_or_said_to_be_absent(name: str, heading: str) 
     """A page that promises what is not there sends its reader astray."""
     if heading == "What is not here":
         assert not exists(name)
-        assert name in " ".join(ABSENT.values()).split() or name in DSPYS_OWN_FOLDERS
+        assert name in " ".join(ABSENT.values()).split()
     else:
         assert exists(name)
-
-
-DSPYS_OWN_FOLDERS = {"teleprompt", "datasets", "propose"}
 
 
 def test_page_tells_of_every_name_of_the_top_level() -> None:

@@ -9,9 +9,11 @@ import copy
 import functools
 import pickle
 import queue
+import subprocess
 import sys
 import textwrap
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -25,6 +27,7 @@ import pytest
 import trio
 from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
+from mcp.client.streamable_http import streamable_http_client
 
 import dspylite
 from dspylite import (
@@ -43,7 +46,8 @@ from dspylite.testing import FakeLM
 
 SERVER = textwrap.dedent(
     """
-    import asyncio, logging, os
+    import asyncio, logging, os, socket, sys
+    import uvicorn
     from mcp.server.mcpserver import MCPServer
     from mcp.types import ImageContent, TextContent
     from pydantic import BaseModel
@@ -96,7 +100,13 @@ SERVER = textwrap.dedent(
     def die() -> str:
         os._exit(3)
 
-    server.run("stdio")
+    if "http" not in sys.argv:
+        server.run("stdio")
+    else:
+        listening = socket.create_server(("127.0.0.1", 0))
+        print(listening.getsockname()[1], flush=True)
+        config = uvicorn.Config(server.streamable_http_app(), log_config=None)
+        uvicorn.Server(config).run(sockets=[listening])
     """
 )
 
@@ -211,6 +221,89 @@ async def test_an_agent_works_with_the_tools_of_a_server(script: Path) -> None:
     assert seen[1].startswith("Execution error in fail: ToolError: The server reports")
     assert seen[2].startswith("Execution error in die: ")
     assert seen[3].startswith("Execution error in add: ")
+
+
+# --- over HTTP -----------------------------------------------------------------------------------
+
+
+# On trio the SDK's client leaves open generators of its own behind, which warn.
+on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"], scope="module")
+
+
+@contextmanager
+def http_server(script: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run the server in a process of its own, listening at a port that was free."""
+    command = [sys.executable, str(script), "http"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}/mcp", process
+        finally:
+            process.kill()
+
+
+@asynccontextmanager
+async def http_session_of(url: str) -> AsyncIterator[ClientSession]:
+    async with (
+        streamable_http_client(url) as (read, write),
+        ClientSession(read, write) as session,
+    ):
+        await session.initialize()
+        yield session
+
+
+@on_asyncio
+async def test_tools_of_a_server_over_http_work_as_those_of_a_process(script: Path) -> None:
+    """The transport is the session's affair: results, failures and deadlines are the same."""
+    with anyio.fail_after(40), http_server(script) as (url, _):
+        async with http_session_of(url) as session:
+            tools = await tools_of(session)
+            assert await tools["add"].acall(x=2, y="3") == "5"
+            with pytest.raises(ToolError, match="`fail` failed"):
+                await tools["fail"].acall()
+            with Deadline(0.3), pytest.raises(DeadlineExceededError):
+                await tools["hang"].acall()
+            call = functools.partial(tools["add"], x=3)
+            assert await anyio.to_thread.run_sync(call) == "4"  # after the hanging one was left
+            structured = await tools_of(session, result_mode="structured")
+            assert await structured["place"].acall() == {"name": "Basel", "tags": ["a"]}
+
+
+@on_asyncio
+async def test_an_agent_of_many_tasks_works_over_one_http_session(script: Path) -> None:
+    """Each task sees the results of its own calls."""
+
+    async def run(agent: ReAct[..., Any], number: int) -> None:
+        wish = {"next_thought": "", "next_tool_name": "add", "next_tool_args": {"x": number}}
+        finish = {"next_thought": "", "next_tool_name": "finish", "next_tool_args": {}}
+        with context(lm=FakeLM([wish, finish, {"reasoning": "so", "answer": "so"}])):
+            result = await agent.acall(question="q?")
+        assert result.trajectory["observation_0"] == str(number + 1)
+
+    with anyio.fail_after(40), http_server(script) as (url, _):
+        async with http_session_of(url) as session:
+            agent = ReAct("question -> answer", (await tools_of(session)).values())
+            async with anyio.create_task_group() as group:
+                for number in range(8):
+                    group.start_soon(run, agent, number)
+
+
+@on_asyncio
+async def test_a_server_over_http_that_has_died_is_an_error_in_time(script: Path) -> None:
+    """The SDK ends the whole session then, and the calls in it, with the refused connection."""
+
+    async def use(url: str, process: subprocess.Popen[str]) -> None:
+        async with http_session_of(url) as session:
+            tools = await tools_of(session)
+            assert await tools["add"].acall(x=1) == "2"
+            process.kill()
+            await anyio.to_thread.run_sync(process.wait)
+            await tools["add"].acall(x=1)
+
+    with anyio.fail_after(40), http_server(script) as (url, process):
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await use(url, process)
+        assert "connection attempts failed" in "".join(traceback.format_exception(caught.value))
 
 
 # --- from other threads and loops ----------------------------------------------------------------
@@ -336,6 +429,15 @@ async def test_the_first_version_of_the_sdk_is_understood() -> None:
         pickle.dumps(tool)
 
 
+@pytest.mark.anyio
+async def test_a_server_may_name_its_arguments_as_it_likes() -> None:
+    """`self` is an argument as good as any other, and a broken schema is no crash."""
+    names = {"self": 1, "arguments": 2, "func": 3, "io": 4}
+    schema = {"properties": {name: {} for name in names}, "$defs": 5, "definitions": None}
+    told = SimpleNamespace(name="t", description=None, inputSchema=schema)
+    assert await Tool.from_mcp_tool(FakeSession(), told).acall(**names) == f"t {names}"
+
+
 @pytest.mark.parametrize("runner", [anyio.run, functools.partial(anyio.run, backend="trio")])
 def test_a_loop_that_ends_in_the_middle_of_a_call_is_an_error(runner: Callable[..., Any]) -> None:
     """The thread that waits must not wait for ever."""
@@ -422,6 +524,13 @@ async def test_a_tool_of_langchain_is_called_in_the_form_that_it_has(*, is_async
     kind = "async" if is_async else "sync"
     assert await tool.acall(text="x", limit="2") == f"{kind} {{'text': 'x', 'limit': 2}}"
     assert tool(text="x") == f"{kind} {{'text': 'x'}}"
+
+
+def test_a_tool_of_langchain_may_have_an_argument_of_any_name() -> None:
+    """`invoke` is what we call by, and nothing to its author."""
+    foreign: Any = FakeLangChainTool()
+    foreign.args_schema = {"properties": {"invoke": {}, "self": {}}}
+    assert Tool.from_langchain(foreign)(invoke=1, self=2) == "sync {'invoke': 1, 'self': 2}"
 
 
 def test_schemas_of_langchain_may_be_json_or_absent() -> None:

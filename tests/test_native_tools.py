@@ -181,6 +181,17 @@ def test_a_model_without_the_feature_gets_the_tools_in_text(
     assert answer.calls.tool_calls[0].execute(TOOLS) == "3 pages about cats"
 
 
+def test_functions_among_the_tools_are_told_in_text_as_tools_are() -> None:
+    """Their addresses in memory would tell a model nothing, and end every cached answer."""
+    told: list[Any] = []
+    for tools in ([search, now], [Tool(search), Tool(now)]):
+        adapter = ChatAdapter()
+        messages = adapter.format(Act, [], {"question": "q?", "tools": tools})
+        told.append(messages[-1]["content"])
+    assert told[0] == told[1]
+    assert "Search the web." in told[0]
+
+
 def conversation() -> History:
     calls = ToolCalls.from_dict_list([SEARCH, NOW])
     results = ToolCallResults.from_tool_calls_and_values(calls, ["[[ ## answer ## ]]", {"h": 12}])
@@ -198,6 +209,23 @@ def test_a_conversation_with_calls_goes_out_as_messages_of_tools(server: FakeSer
     assert [call["id"] for call in messages[2]["tool_calls"]] == ["c1", "c2"]
     assert [message["tool_call_id"] for message in messages[3:5]] == ["c1", "c2"]
     assert messages[4]["content"] == '{"h": 12}'
+
+
+def test_pictures_of_tools_go_out_behind_the_messages_of_tools(server: FakeServer) -> None:
+    """Many providers take nothing but text in a message of a tool."""
+    calls = ToolCalls.from_dict_list([SEARCH, NOW])
+    picture = dspylite.Image(url="https://e.org/a.png")
+    results = ToolCallResults.from_tool_calls_and_values(calls, [[picture], "noon"])
+    done = ToolCalls(tool_calls=calls.tool_calls, tool_call_results=results)
+    turn = {"question": "before?", "thought": "I look.", "calls": done}
+    ask(server, Reply(tool_calls=[NOW]), history=History(messages=[turn]))
+    messages = sent(server)["messages"]
+    assert [m["role"] for m in messages[2:]] == ["assistant", "tool", "tool", "user", "user"]
+    assert [m["content"] for m in messages[3:5]] == ["(in the next message)", "noon"]
+    parts = messages[5]["content"]
+    assert [part["type"] for part in parts] == ["text", "image_url", "text"]
+    assert "c1" in parts[2]["text"]
+    assert "c2" not in str(parts)
 
 
 @pytest.mark.parametrize("by_adapter", [True, False])

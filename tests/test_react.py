@@ -5,6 +5,7 @@ Not here: tools (`test_tools.py`), calls over HTTP (`test_native_tools.py`), MCP
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 import pickle
@@ -407,6 +408,17 @@ def test_a_picture_stays_a_picture(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
+def test_a_picture_stays_a_picture_in_a_conversation() -> None:
+    """Shown a mark in its place, the model would answer about nothing."""
+    lm = FakeLM(script(ReActV2, step(ReActV2, "snap")))
+    value = {"seen": Sticker(url="https://e.org/a.png"), "note": HOSTILE}
+    run(ReActV2("question -> answer", [Tool(lambda: value, name="snap")]), lm)
+    content: Any = lm.requests[1].messages[-2]["content"]
+    assert [part["type"] for part in content] == ["text", "image_url", "text"]
+    assert content[1]["image_url"]["url"] == "https://e.org/a.png"
+    assert "\n[[ ## next_tool_name ## ]]\nfinish" not in content[2]["text"]
+
+
 # --- what ends the steps -------------------------------------------------------------------------
 
 
@@ -591,6 +603,17 @@ def turn(*names: str) -> dict[str, Any]:
     return {"next_thought": "all at once", "tool_calls": calls}
 
 
+def test_a_thought_of_a_conversation_is_a_reasoning_that_is_shown_as_text() -> None:
+    """As in DSPy: a model that reasons on its own gives it beside its text."""
+    lm = FakeLM(script(ReActV2, step(ReActV2, "look", key="a")))
+    result = run(ReActV2("question -> answer", [look]), lm)
+    thought = result.history.messages[0]["next_thought"]
+    assert (type(thought), thought) == (dspylite.Reasoning, "to look")
+    said = str(lm.history[-1]["messages"])
+    assert "to look" in said
+    assert 'content\\"' not in said
+
+
 def test_calls_of_one_turn_run_at_the_same_time_and_answer_in_order() -> None:
     """Each waits for the others, so one after the other they would never end."""
     together = threading.Barrier(3, timeout=20)
@@ -764,3 +787,87 @@ def test_agents_can_be_copied_and_pickled(agent: Any, twin_of: Callable[[Any], A
     lm = FakeLM([step(agent, "look_later", key="a"), *ending(agent, 3)])
     result = run(twin, lm)
     assert (result.answer, seen(result), twin.max_iters) == (3, "value of a", 4)
+
+
+@AGENTS
+def test_a_tool_that_changes_its_arguments_does_not_change_what_the_model_wished(
+    agent: Any,
+) -> None:
+    """The record of the run must say what was asked for."""
+
+    def look(query: Any) -> str:
+        query.clear()
+        return "so"
+
+    wish = step(agent, "look", query={"key": ["a"]})
+    result = run(agent("question -> answer", [look]), FakeLM(script(agent, wish)))
+    if agent is ReAct:
+        args = result.trajectory["tool_args_0"]
+    else:
+        args = result.history.messages[0]["tool_calls"].tool_calls[0].args
+    assert args == {"query": {"key": ["a"]}}
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+    __str__ = __repr__
+
+
+@AGENTS
+def test_a_failure_whose_notes_cannot_be_read_is_observed(agent: Any) -> None:
+    """What a library hangs on its errors is no reason to lose the run."""
+
+    def look() -> str:
+        error = ValueError("broken")
+        error.__notes__ = [Unprintable(), "a note"]
+        raise error
+
+    said = seen(
+        run(agent("question -> answer", [look]), FakeLM(script(agent, step(agent, "look"))))
+    )
+    assert said.startswith("Execution error in look: ValueError: broken")
+
+
+@AGENTS
+@pytest.mark.anyio
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("stop")])
+async def test_what_ends_a_process_comes_out_as_it_was_raised(
+    agent: Any, error: BaseException, count: int
+) -> None:
+    """A caller that waits for `SystemExit` must not get a group of one."""
+
+    def leave() -> None:
+        raise error
+
+    calls = [{"name": "leave", "args": {}}] * count
+    turn = {"next_thought": "", "tool_calls": calls}
+    lm = FakeLM([turn if agent is ReActV2 else step(agent, "leave")])
+    adapter = ChatAdapter(use_json_adapter_fallback=False)
+    with dspylite.context(lm=lm, adapter=adapter), pytest.raises(type(error)) as caught:
+        await agent("question -> answer", [leave]).acall(question="q?")
+    assert caught.value is error
+
+
+@AGENTS
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_tool_that_ends_as_cancelled_ends_the_run_as_cancelled(agent: Any, count: int) -> None:
+    """Such as one that awaits a task which somebody else has cancelled."""
+
+    async def wait() -> None:
+        task = asyncio.ensure_future(asyncio.sleep(3600))
+        task.cancel()
+        await task
+
+    calls = [{"name": "wait", "args": {}}] * count
+    turn = {"next_thought": "", "tool_calls": calls}
+    lm = FakeLM([turn if agent is ReActV2 else step(agent, "wait")])
+
+    async def main() -> None:
+        adapter = ChatAdapter(use_json_adapter_fallback=False)
+        with dspylite.context(lm=lm, adapter=adapter), pytest.raises(asyncio.CancelledError):
+            await agent("question -> answer", [wait]).acall(question="q?")
+
+    asyncio.run(main())

@@ -20,6 +20,7 @@ import anyio
 import pydantic
 import pytest
 
+import dspylite as dspy
 from dspylite import (
     BaseCallback,
     CallCancelledError,
@@ -34,6 +35,7 @@ from dspylite import (
 from dspylite.adapters.types.functions import without_references
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.frames import CURRENT_CALL
+from dspylite.testing import FakeServer, Reply
 
 
 class Color(enum.Enum):
@@ -445,3 +447,50 @@ def test_calls_are_made_by_name_from_a_dict_or_a_list() -> None:
     assert call.execute([plain]) == call.execute({"plain": plain}) == call.execute([Tool(plain)])
     with pytest.raises(ToolError, match="Did you mean `plain`"):
         ToolCalls.from_dict_list([{"name": "plane"}]).tool_calls[0].execute([plain])
+
+
+class Wanted(dspy.Signature):
+    tools: list[dspy.Tool] = dspy.InputField()
+    calls: dspy.ToolCalls = dspy.OutputField()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_calls_from_a_predictor_know_the_tools_that_were_offered(native: bool) -> None:
+    """DSPy's `call.execute()`; a model cannot choose another of the program's names."""
+    said = [{"name": "twice", "args": {"x": 2}}, {"name": "plain", "args": {"x": 2}}]
+    with FakeServer() as server:
+        server.script(
+            Reply(text="", tool_calls=[{"name": c["name"], "arguments": c["args"]} for c in said])
+            if native
+            else Reply(text=f"[[ ## calls ## ]]\n{json.dumps(said)}\n\n[[ ## completed ## ]]")
+        )
+        lm = dspy.LM("openai/gpt-4o", api_base=server.base_url, api_key="none", cache=False)
+        adapter = dspy.ChatAdapter(use_native_function_calling=native)
+        with dspy.context(lm=lm, adapter=adapter):
+            found = dspy.Predict(Wanted)(tools=[Tool(lambda x: 2 * x, name="twice")])
+    twice, other = found.calls.tool_calls
+    assert twice.execute() == anyio.run(twice.aexecute) == 4
+    with pytest.raises(ToolError, match="no tool `plain`"):
+        other.execute()
+    ids = [{**each, "id": call.id} for each, call in zip(said, (twice, other), strict=True)]
+    assert found.calls == ToolCalls.from_dict_list(ids)  # the tools are no part of the value
+    assert copy.deepcopy(twice).execute() == 4
+    with pytest.raises(ToolError, match="does not know its tools"):
+        pickle.loads(pickle.dumps(twice)).execute()
+
+
+def test_calls_of_unknown_origin_ask_for_their_tools() -> None:
+    """Names of the caller's are not looked up for a model, as DSPy does."""
+    (call,) = ToolCalls.from_dict_list([{"name": "plain", "args": {"x": 1}}]).tool_calls
+    with pytest.raises(ToolError, match=r"pass them: `call.execute\(\[tool, ...\]\)`"):
+        call.execute()
+
+
+@pytest.mark.anyio
+async def test_a_call_is_made_of_given_functions_only() -> None:
+    """A model that names `exec` must not find it in the module of whoever makes the call."""
+    call = ToolCalls.from_dict_list([{"name": "open", "args": {}}]).tool_calls[0]
+    with pytest.raises(ToolError, match="pass them"):
+        call.execute()
+    with pytest.raises(ToolError, match="pass them"):
+        await call.aexecute()

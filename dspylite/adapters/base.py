@@ -423,6 +423,10 @@ class Adapter:
             if name in inputs:
                 text = inputs[name]
                 if type(text) is not str:
+                    if name == special_fields(signature).tools:
+                        from dspylite.adapters.native import written_tools  # noqa: PLC0415  # seldom used
+
+                        text = written_tools(text)
                     builder = builder or ContentBuilder(functools.partial(self.escape, signature))
                     text = format_value(text, builder)
                 parts.append(self.format_input(signature, name, text))

@@ -35,6 +35,11 @@ class ContentBuilder:
         self._nonce = ""
         self._parts: list[list[dict[str, Any]]] = []
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether any value had parts."""
+        return bool(self._parts)
+
     def put(self, parts: list[dict[str, Any]]) -> str:
         """Take content parts; return the mark that stands for them in the text."""
         self._nonce = self._nonce or secrets.token_hex(12)

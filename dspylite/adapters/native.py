@@ -54,12 +54,24 @@ def plan_native(
     return AdapterPlan(signature=signature, written=written, params=asked)
 
 
+def written_tools(given: Any) -> Any:
+    """Return the value of an input for tools as it is written into a prompt: functions as `Tool`s.
+
+    Raises:
+        ToolError: A function cannot be called by a model.
+    """
+    if isinstance(given, list | tuple):
+        return [_as_tool(each) if callable(each) else each for each in given]
+    return _as_tool(given) if callable(given) else given
+
+
+def _as_tool(given: Any) -> Tool:
+    return given if isinstance(given, Tool) else Tool(given)
+
+
 def _tool_params(features: NativeFeatures, given: Any) -> dict[str, Any]:
     tools = list(given) if isinstance(given, list | tuple) else [given]
-    definitions = [
-        (each if isinstance(each, Tool) else Tool(each)).format_as_litellm_function_call()
-        for each in tools
-    ]
+    definitions = [_as_tool(each).format_as_litellm_function_call() for each in tools]
     params: dict[str, Any] = {"tools": definitions} if definitions else {}
     if definitions and features.parallel_tool_calls is not None:
         params |= {"parallel_tool_calls": features.parallel_tool_calls, "tool_choice": "auto"}

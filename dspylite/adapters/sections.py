@@ -50,6 +50,11 @@ class ChatAdapter(Adapter):
         "accept_truncated",
     )
 
+    # Of a subclass that never calls `__init__`.
+    accept_truncated: bool = False
+    use_json_adapter_fallback: bool = False
+    _fallback: Adapter | None = None
+
     def __init__(
         self,
         callbacks: Sequence[Any] | None = None,
@@ -65,7 +70,6 @@ class ChatAdapter(Adapter):
         )
         self.accept_truncated = accept_truncated
         self.use_json_adapter_fallback = use_json_adapter_fallback
-        self._fallback = None
         if use_json_adapter_fallback:
             self._fallback = JSONAdapter(
                 callbacks, use_native_function_calling, parallel_tool_calls, native_response_types

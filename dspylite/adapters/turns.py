@@ -6,14 +6,16 @@ Loaded for signatures with such an input only. Not here: how the values of one t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import pydantic
 
+from dspylite.adapters.content import ContentBuilder
 from dspylite.adapters.features import without
 from dspylite.adapters.types.history import History
-from dspylite.adapters.types.tools import ToolCall, ToolCallResults, ToolCalls
+from dspylite.adapters.types.tools import ToolCall, ToolCallResult, ToolCallResults, ToolCalls
 from dspylite.adapters.values import format_value, to_json
 from dspylite.errors import InputFieldError
 from dspylite.schema.messages import Message
@@ -112,18 +114,30 @@ def _answer(writer: Writer, signature: type[Signature], turn: Mapping[str, Any])
     if is_native and calls is not None and results is not None and _belong(calls, results):
         wanted = [_as_message_call(call) for call in calls.tool_calls]
         messages.append({"role": "assistant", "content": text or None, "tool_calls": wanted})
+        pictured: list[ToolCallResult] = []
         for result in results.tool_call_results:
-            value = writer.escape(signature, format_value(result.value))
+            sink = ContentBuilder()
+            value = writer.escape(signature, format_value(result.value, sink))
+            if sink.has_parts:  # which many providers refuse in a message of a tool
+                pictured.append(result)
+                value = "(in the next message)"
             messages.append(
                 {"role": "tool", "tool_call_id": result.call_id or "", "content": value}
             )
-        return messages
+        return [*messages, _told(writer, signature, pictured)] if pictured else messages
     if text:
         messages.append({"role": "assistant", "content": text})
     if results is not None:
-        told = writer.format_input(signature, RESULTS, to_json(results.model_dump()[RESULTS]))
-        messages.append({"role": "user", "content": told})
+        messages.append(_told(writer, signature, results.tool_call_results))
     return messages
+
+
+def _told(writer: Writer, signature: type[Signature], results: Iterable[ToolCallResult]) -> Message:
+    """Write results as an input, with their parts that are no text."""
+    builder = ContentBuilder(functools.partial(writer.escape, signature))
+    listed = to_json([dict(result) for result in results], sink=builder)
+    told = writer.format_input(signature, RESULTS, listed)
+    return {"role": "user", "content": builder.content(told)}
 
 
 def _calls_of(turn: Mapping[str, Any]) -> tuple[str | None, ToolCalls | None]:

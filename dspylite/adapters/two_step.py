@@ -94,6 +94,8 @@ class TwoStepAdapter(Adapter):
         Raises:
             AdapterParseError: The extraction cannot be read, or the answer is empty.
         """
+        if type(self).parse is not TwoStepAdapter.parse:  # a user's own, which asks nobody
+            return await super().read(io, plan, output)
         if plan.written is plan.signature and not output.tool_calls:
             return await self._extract(io, plan.signature, output.text)
         values: dict[str, Any] = {}

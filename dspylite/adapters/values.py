@@ -33,6 +33,9 @@ MAX_DEPTH = 64
 MAX_CHARS = 4_000_000
 """Longest text read as one value."""
 
+_MAX_ERRORS = 10_000
+"""Errors of one value that are looked at; the details of a million need gigabytes."""
+
 _NUMBER_BOUNDS = frozenset({"gt", "ge", "lt", "le", "multiple_of"})
 _TEXT_BOUNDS = frozenset({"min_length", "max_length", "pattern"})
 
@@ -50,9 +53,20 @@ def format_value(value: Any, sink: PartsSink | None = None) -> str:
     """
     if isinstance(value, enum.Enum):
         value = value.value
-    if sink is not None and formats_itself(type(value)):
-        value = formatted(value, sink)
+    if formats_itself(type(value)):
+        value = _written(value, sink)
     return value if isinstance(value, str) else to_json(value, sink=sink)
+
+
+def _written(value: Any, sink: PartsSink | None) -> Any:
+    """Write a `Type`: as it says itself where a sink takes its parts, or it is read as a text.
+
+    So an answer of an earlier turn stands in a prompt as the model is to write it.
+    """
+    if sink is not None:
+        return formatted(value, sink)
+    kind: Any = type(value)
+    return value.format() if _is_text(kind) else value
 
 
 def to_json(value: Any, *, indent: int | None = None, sink: PartsSink | None = None) -> str:
@@ -65,8 +79,8 @@ def to_json(value: Any, *, indent: int | None = None, sink: PartsSink | None = N
 
 
 def _jsonable(value: Any, sink: PartsSink | None = None) -> Any:
-    if sink is not None and formats_itself(type(value)):
-        return formatted(value, sink)
+    if formats_itself(type(value)) and (written := _written(value, sink)) is not value:
+        return written
     if isinstance(value, Example):
         return dict(value.items())
     if isinstance(value, pydantic.BaseModel):
@@ -280,7 +294,10 @@ def parse_text(field: Field, text: str) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _is_text(kind: Any) -> bool:
     """Tell whether values of a type are written as plain text, as code is; it reads that itself."""
-    return json_schema(kind).get("type") == "string"
+    try:
+        return json_schema(kind).get("type") == "string"
+    except PydanticUserError:  # JSON does not know it, such as a tool's function
+        return False
 
 
 def validate(field: Field, value: Any) -> Any:
@@ -306,15 +323,23 @@ def _validated(field: Field, value: Any) -> Any:
     try:
         result = type_adapter(field.annotation, field.constraints).validate_python(value)
     except pydantic.ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}".removeprefix(": ")
-            for e in error.errors(include_url=False, include_input=False)[:5]
-        )
-        raise ValueError(f"{_excerpt(value)} does not fit: {reasons}") from None
+        raise ValueError(f"{_excerpt(value)} does not fit: {misfits(error)}") from None
     except TypeError as error:  # a bound that does not go with this member of a union
         raise ValueError(f"{_excerpt(value)} does not fit: {error}") from error
     _check_finite(result)
     return result
+
+
+def misfits(error: pydantic.ValidationError) -> str:
+    """Say what does not fit, and where: five places at most."""
+    count = error.error_count()
+    if count > _MAX_ERRORS:
+        return f"{count} places in it are wrong"
+    places = [
+        (".".join(map(str, each["loc"])), each["msg"])
+        for each in error.errors(include_url=False, include_input=False)[:5]
+    ]
+    return "; ".join(f"{place}: {said}" if place else said for place, said in places)
 
 
 def _check_finite(result: Any) -> None:

@@ -162,7 +162,7 @@ class BaseLM:
     @property
     def engine(self) -> Engine:
         """What makes the call; here the overridden `forward` and `aforward`."""
-        return _Forward(self)
+        return Forward(self)
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -215,11 +215,7 @@ class BaseLM:
         check_cancelled()
         if params:
             _check_call(params)
-        merged = {
-            name: value
-            for name, value in {**self.kwargs, **params}.items()
-            if value is not None and name not in _NOT_SENT
-        }
+        merged = self._merged(params)
         deadline_s = merged.pop("deadline_s", None)
         messages = self._as_sent(messages)
         request = LMRequest(
@@ -249,6 +245,13 @@ class BaseLM:
             if call.is_heard:
                 call.outputs = told_outputs(response)
         return response
+
+    def _merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in {**self.kwargs, **params}.items()
+            if value is not None and name not in _NOT_SENT
+        }
 
     def _handler(self, io: Io, request: LMRequest) -> Next:
         """Return the chain around the engine; kept, because it is the same for all calls."""
@@ -315,7 +318,7 @@ class BaseLM:
         Raises:
             LMError: The call failed.
         """
-        plan = self.plan(BLOCKING, _as_messages(prompt, messages), kwargs, stream=True)
+        plan = self.plan(BLOCKING, as_messages(prompt, messages), kwargs, stream=True)
         return LMStream(run_flow(plan))
 
     async def astream(
@@ -328,7 +331,7 @@ class BaseLM:
 
         Use it in an `async with` block: `async with await lm.astream("Hi") as stream:`.
         """
-        return LMStream(await self.plan(ASYNC, _as_messages(prompt, messages), kwargs, stream=True))
+        return LMStream(await self.plan(ASYNC, as_messages(prompt, messages), kwargs, stream=True))
 
     def __call__(
         self,
@@ -349,7 +352,7 @@ class BaseLM:
         Raises:
             LMError: The call failed.
         """
-        plan = self.plan(BLOCKING, _as_messages(prompt, messages), kwargs)
+        plan = self.plan(BLOCKING, as_messages(prompt, messages), kwargs)
         return plain_outputs(_accepted(run_flow(plan)))
 
     async def acall(
@@ -359,7 +362,7 @@ class BaseLM:
         **kwargs: Any,
     ) -> list[str | dict[str, Any]]:
         """Ask the model and await it; otherwise as `__call__`."""
-        response = await self.plan(ASYNC, _as_messages(prompt, messages), kwargs)
+        response = await self.plan(ASYNC, as_messages(prompt, messages), kwargs)
         return plain_outputs(_accepted(response))
 
     def inspect_history(self, n: int = 1, file: TextIO | None = None) -> None:
@@ -471,8 +474,8 @@ def _own_copy(value: Any) -> Any:
     return value
 
 
-class _Forward:
-    """The engine of a `BaseLM` subclass: its own `forward` and `aforward`."""
+class Forward:
+    """The engine of a subclass of the user's: its own `forward` and `aforward`."""
 
     __slots__ = ("_lm",)
 
@@ -480,10 +483,12 @@ class _Forward:
         self._lm = lm
 
     def call(self, request: LMRequest) -> LMResponse:
+        """Answer by `forward`."""
         answer = self._lm.forward(None, request.messages, **request.params)
         return read_chat_response(answer, model=request.model)
 
     async def acall(self, request: LMRequest) -> LMResponse:
+        """Answer by `aforward`."""
         answer = await self._lm.aforward(None, request.messages, **request.params)
         return read_chat_response(answer, model=request.model)
 
@@ -495,7 +500,8 @@ def _accepted(response: LMResponse) -> LMResponse:
     return response
 
 
-def _as_messages(prompt: str | None, messages: Sequence[Message] | None) -> Sequence[Message]:
+def as_messages(prompt: str | None, messages: Sequence[Message] | None) -> Sequence[Message]:
+    """Return the chat that is meant by either of two arguments."""
     if messages:
         return messages
     if prompt is None:

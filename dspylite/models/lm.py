@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from dspylite.abc import Engine
 from dspylite.errors import LMConfigurationError, nearest
-from dspylite.models.base import BaseLM, ModelType
+from dspylite.models.base import BaseLM, Forward, ModelType, as_messages
+from dspylite.models.completion import as_completion
 from dspylite.models.direct.engine import list_models
 from dspylite.models.engines import (
     chat_engine,
@@ -32,7 +33,7 @@ from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.loops import running_library
 from dspylite.runtime.settings import check_deadline
 from dspylite.runtime.workers import call_in_thread
-from dspylite.schema.messages import Message
+from dspylite.schema.messages import LMRequest, Message
 
 _NOT_IN_THIS_RUNTIME = frozenset(
     {
@@ -155,8 +156,12 @@ class LM(BaseLM):
 
     @property
     def cache_kind(self) -> str | None:
-        """The kind of endpoint; None for the offline model, which is as quick as a cache."""
-        return self.model_type if self.is_remote else None
+        """The kind of endpoint.
+
+        None for the offline model, which is as quick as a cache, and where `forward` is overridden,
+        because nobody knows on what its answers depend.
+        """
+        return self.model_type if self.is_remote and not self._has_own_forward() else None
 
     @property
     def supports_function_calling(self) -> bool:
@@ -260,9 +265,63 @@ class LM(BaseLM):
             state["capabilities"] = sorted(self._capabilities)
         return state
 
+    def forward(
+        self,
+        prompt: str | None = None,
+        messages: Sequence[Message] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Send one request, past the cache, limits, callbacks and history; for overriding.
+
+        What a subclass's `forward` returns is the answer of every call; `super().forward(...)` asks
+        the model, and gives a completion in OpenAI's shape that may be changed.
+
+        Args:
+            prompt: One user message, if `messages` is not given.
+            messages: The chat so far.
+            **kwargs: Parameters that override the LM's own.
+
+        Raises:
+            LMError: The request failed.
+        """
+        return as_completion(self._own_engine().call(self._one_request(prompt, messages, kwargs)))
+
+    async def aforward(
+        self,
+        prompt: str | None = None,
+        messages: Sequence[Message] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Send one request and await it; where `forward` alone is overridden, by that one."""
+        kind = type(self)
+        if kind.aforward is LM.aforward and kind.forward is not LM.forward:
+            return await super().aforward(prompt, messages, **kwargs)
+        request = self._one_request(prompt, messages, kwargs)
+        return as_completion(await self._own_engine().acall(request))
+
+    def _one_request(
+        self, prompt: str | None, messages: Sequence[Message] | None, params: dict[str, Any]
+    ) -> LMRequest:
+        merged = self._merged(params)
+        merged.pop("deadline_s", None)  # kept by whoever makes the call
+        return LMRequest(
+            model=self.model,
+            messages=self._as_sent(as_messages(prompt, messages)),
+            params=merged,
+            asked=params,
+            cache=False,
+        )
+
+    def _has_own_forward(self) -> bool:
+        kind = type(self)
+        return kind.forward is not LM.forward or kind.aforward is not LM.aforward
+
     @property
     def engine(self) -> Engine:
-        """What makes the call."""
+        """What makes the call; a subclass's `forward` and `aforward` where it has its own."""
+        return Forward(self) if self._has_own_forward() else self._own_engine()
+
+    def _own_engine(self) -> Engine:
         if self.model == OFFLINE_MODEL:
             return _OFFLINE
         return chat_engine(self._engine_name, self.model, self.model_type)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspylite.abc import Adapter, Io, LanguageModel, StreamEar
+from dspylite.adapters.features import special_fields
 from dspylite.adapters.sections import ChatAdapter
-from dspylite.errors import AdapterParseError, TruncatedError
+from dspylite.errors import AdapterParseError, SettingsError, TruncatedError
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import own_form
 from dspylite.runtime.settings import settings
@@ -63,15 +64,29 @@ async def _own_way(io: Io, adapter: Adapter, question: Question) -> Prediction:
         demos=list(question.demos),
         inputs=dict(question.inputs),
     )
+    given: Any = rows  # callers without a checker come here
+    if not isinstance(given, list) or not given or not isinstance(given[0], Mapping):
+        raise SettingsError(
+            f"The adapter's own `{type(adapter).__name__}.__call__` must return a list with a dict "
+            f"of outputs for each answer, not {given!r:.200}."
+        )
     return await _made_of(io, question, rows)
 
 
-async def _made_of(io: Io, question: Question, rows: Sequence[Mapping[str, Any]]) -> Prediction:
-    """Make a prediction of the answers; whoever listens hears what it has not heard yet."""
-    prediction = Prediction.from_completions(rows) if len(rows) > 1 else Prediction(rows[0])
+async def _made_of(io: Io, question: Question, rows: Sequence[dict[str, Any]]) -> Prediction:
+    """Make the prediction of the outputs; calls of tools in it know the tools of the question.
+
+    Whoever listens hears what it has not heard yet.
+    """
+    found = special_fields(question.signature)
+    if found.calls is not None and found.tools is not None:
+        for row in rows:
+            offer = getattr(row.get(found.calls), "offer", None)
+            if offer is not None:  # an adapter of the user's own may give anything
+                offer(question.inputs[found.tools])
     if question.ear is not None:
         await question.ear.finish(io, rows[0])
-    return prediction
+    return Prediction.from_completions(list(rows)) if len(rows) > 1 else Prediction(rows[0])
 
 
 async def _asked(io: Io, adapter: Adapter, question: Question) -> Prediction:

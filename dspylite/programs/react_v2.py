@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar, overload
 
 from dspylite.abc import Io
-from dspylite.adapters.content import ContentBuilder
 from dspylite.adapters.features import NOT_SAID
 from dspylite.adapters.types.functions import schema_of
 from dspylite.adapters.types.history import History
+from dspylite.adapters.types.text import Reasoning
 from dspylite.adapters.types.tools import Tool, ToolCall, ToolCallResults, ToolCalls
 from dspylite.adapters.values import format_value, to_json, validate
 from dspylite.errors import (
@@ -321,11 +321,18 @@ class _Run:
         return Prediction({**outputs, "history": history, "termination_reason": reason})
 
 
+class _Stub:
+    """Takes the parts of a value, and puts the same words for each of them."""
+
+    def put(self, parts: list[dict[str, Any]]) -> str:
+        return f"({len(parts)} parts that are no text)"
+
+
 def _readable(value: Any, limit: int | None) -> Any:
     """Return a value as it is if it can be written and is short enough, else as a text."""
-    text = as_text(value, limit, ContentBuilder())
+    text = as_text(value, limit, _Stub())
     try:
-        is_whole = text == format_value(value, ContentBuilder())
+        is_whole = text == format_value(value, _Stub())
     except Exception:  # noqa: BLE001  # as it cannot be written
         return text
     return value if is_whole else text
@@ -399,5 +406,5 @@ def _turn_signature(signature: type[Signature]) -> type[Signature]:
         turn = turn.append(field.name, once, field.annotation)
     turn = turn.append("history", InputField(), History)
     turn = turn.append("tools", InputField(), list[Tool])
-    turn = turn.append("next_thought", OutputField(), str)
+    turn = turn.append("next_thought", OutputField(), Reasoning)
     return turn.append("tool_calls", OutputField(), ToolCalls)

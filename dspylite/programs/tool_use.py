@@ -67,7 +67,8 @@ async def observe(io: Io, tools: Mapping[str, Tool], name: Any, args: Any) -> Ob
             )
         if not isinstance(args, Mapping):
             raise ToolError(f"The arguments of `{name}` must be an object, not {args!r:.200}.")
-        return Observation(await tools[name].plan(io, (), args))
+        given = copy.deepcopy(dict(args))  # what the tool does to it is not what the model wished
+        return Observation(await tools[name].plan(io, (), given))
     except Exception as error:
         if _ends_run(error, io):
             raise
@@ -87,15 +88,18 @@ def words_of(error: BaseException, args: Any = None) -> str:
     """Say a failure to a model: its type and message, shortened and without known secrets."""
     if isinstance(error, BaseExceptionGroup):  # says only how many there are
         return clip("; ".join(words_of(each, args) for each in error.exceptions[:5]))
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001  # an exception of the user's, whose text fails
-        text = "(its message cannot be read)"
     notes = getattr(error, "__notes__", None)
-    text = "\n".join([text, *map(str, notes if isinstance(notes, list) else ())])
+    text = "\n".join(map(_words, [error, *(notes if isinstance(notes, list) else ())]))
     secrets = secrets_of(args if isinstance(args, Mapping) else {})
     name = type(error).__name__
     return clip(f"{name}: {shown_url(redact(text, secrets))}" if text.strip() else name)
+
+
+def _words(error_or_note: Any) -> str:
+    try:
+        return str(error_or_note)
+    except Exception:  # noqa: BLE001  # an exception of the user's, whose text fails
+        return "(its message cannot be read)"
 
 
 def as_text(value: Any, limit: int | None, sink: PartsSink | None = None) -> str:

@@ -136,21 +136,28 @@ class AsyncIo:
         self, plan: Callable[[X], Awaitable[T]], items: Sequence[X], *, limit: int
     ) -> list[T]:
         """Run the plans as `limit` tasks; the first failure cancels the others."""
+        width = min(limit, len(items))
+        if width <= 1:
+            return [await plan(item) for item in items]
         results: dict[int, T] = {}
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
         waiting = iter(enumerate(items))
 
         async def work() -> None:
             for index, item in waiting:  # shared: each step of it happens between two awaits
                 try:
                     results[index] = await plan(item)
-                except Exception as error:  # noqa: BLE001  # raised below, alone, not in a group
-                    failures.append(error)
+                except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001
+                    failures.append(error)  # raised below, alone, not in a group
                     group.cancel_scope.cancel()
                     return
+                except anyio.get_cancelled_exc_class() as error:
+                    failures.append(error)  # it may be the plan's own, which nobody else tells of
+                    group.cancel_scope.cancel()
+                    raise
 
         async with anyio.create_task_group() as group:
-            for _ in range(min(limit, len(items))):
+            for _ in range(width):
                 group.start_soon(work)
         if failures:
             raise failures[0]

@@ -102,7 +102,7 @@ class Field:
             name=name,
             annotation=self.annotation if annotation is None else _checked_type(name, annotation),
             desc="" if self.desc == _placeholder(name) else self.desc,
-            prefix=self.prefix or infer_prefix(name),
+            prefix=self.prefix or f"{infer_prefix(name)}:",
         )
 
     def changed(self, annotation: Any = None, **options: Any) -> Field:
@@ -256,7 +256,7 @@ def infer_prefix(attribute_name: str) -> str:
 
     Example:
         >>> infer_prefix("shortAnswer_2"), infer_prefix("HTMLText")
-        ('Short Answer 2:', 'HTML Text:')
+        ('Short Answer 2', 'HTML Text')
     """
     words = _BETWEEN_WORDS.sub(" ", attribute_name).split()
-    return " ".join(word if word.isupper() else word.capitalize() for word in words) + ":"
+    return " ".join(word if word.isupper() else word.capitalize() for word in words)

@@ -160,6 +160,56 @@ SCRIPTS: Mapping[str, Sequence[Row]] = {
             ),
         )
     ],
+    "tool_calls": [
+        (
+            (),
+            Reply(
+                text="",
+                tool_calls=[
+                    {"name": "weather", "arguments": {"city": "Oslo", "days": 2}},
+                    {"name": "weather", "arguments": {"city": "Bergen"}},
+                ],
+            ),
+        )
+    ],
+    "own_lm": [
+        (("polite",), chat(answer="An Answer")),
+        (("awaited",), chat(answer="Awaited")),
+        ((), "Neither"),
+    ],
+    "rich_types": [
+        (
+            (),
+            chat(
+                by_value="high",
+                by_name="LOW",
+                author='{"name": "Ada", "age": 36, "tags": ["x"], "score": {"value": 1.5}}',
+                people='[{"name": "Blaise", "age": "39"}]',
+                row='{"a": 1, "b": "z"}',
+                point='{"x": 1, "label": "q"}',
+                none="None",
+                some="7",
+                number="12",
+                words="abc",
+                at="2024-05-06T07:08:09",
+                pair='[1, "b"]',
+                unique="[1, 2, 2]",
+                nested='{"a": {"b": [1]}}',
+                choice="b",
+                anything='{"k": 1}',
+                big="1e3",
+            ),
+        )
+    ],
+    "status_messages": [
+        (
+            (),
+            Reply(
+                chunks=["[[ ## ans", "wer ## ]]\nFor", "ty ", "two", "\n\n[[ ## completed ## ]]"]
+            ),
+        )
+    ],
+    "composition": [((), lambda body: chat(answer=body["model"]))],
 }
 
 

@@ -49,7 +49,7 @@ class SessionCall:
         self._name = name
         self._mode = result_mode
 
-    async def __call__(self, **arguments: Any) -> Any:
+    async def __call__(self, /, **arguments: Any) -> Any:
         """Call the tool; in another loop than the session's this would wait for ever."""
         try:
             result = await self._session.call_tool(self._name, arguments=arguments)
@@ -120,7 +120,7 @@ def read_langchain(tool: LangChainTool) -> dict[str, Any]:
     }
 
 
-def _invoke(invoke: Callable[[dict[str, Any]], Any], **arguments: Any) -> Any | Awaitable[Any]:
+def _invoke(invoke: Callable[[dict[str, Any]], Any], /, **arguments: Any) -> Any | Awaitable[Any]:
     return invoke(arguments)
 
 

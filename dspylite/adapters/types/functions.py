@@ -159,7 +159,8 @@ def without_references(schema: Mapping[str, Any]) -> dict[str, Any]:
         >>> without_references({"$ref": "#/$defs/A", "$defs": {"A": {"type": "string"}}})
         {'type': 'string'}
     """
-    definitions = {**schema.get("definitions", {}), **schema.get("$defs", {})}
+    named = [schema.get(key) for key in ("definitions", "$defs")]
+    definitions = {k: v for each in named if isinstance(each, Mapping) for k, v in each.items()}
     rest = {name: value for name, value in schema.items() if name not in {"$defs", "definitions"}}
     written = _Inliner(definitions).inlined(rest, ())
     return written if isinstance(written, dict) else {}

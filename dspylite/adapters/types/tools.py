@@ -18,7 +18,7 @@ from dspylite.abc import Io
 from dspylite.adapters.types.base import Type
 from dspylite.adapters.types.foreign_tools import LangChainTool, McpTool, read_langchain, read_mcp
 from dspylite.adapters.types.functions import name_of, read_function, words_of
-from dspylite.adapters.values import parse_json, to_json, type_adapter
+from dspylite.adapters.values import misfits, parse_json, to_json, type_adapter
 from dspylite.errors import ToolError, nearest
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow, within_deadline
@@ -205,10 +205,8 @@ class Tool(Type):
             try:
                 converted[name] = type_adapter(wanted, ()).validate_python(value)
             except pydantic.ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                place = ".".join([name, *map(str, first["loc"])])
                 raise ToolError(
-                    f"The argument `{place}` of `{self.name}`: {first['msg']}."
+                    f"The argument `{name}` of `{self.name}`: {misfits(error)}."
                 ) from None
         if missing := [name for name in self.required if name not in given]:
             raise ToolError(
@@ -246,6 +244,30 @@ class Tool(Type):
         return f"Tool(name={self.name!r}, desc={self.desc!r}, args={self.args!r})"
 
 
+class _Offer:
+    """The tools that a model was offered; no part of a call's value, and left behind by copies.
+
+    Pickles and copies are without them, because tools are functions of this process.
+    """
+
+    __slots__ = ("tools",)
+
+    def __init__(self, tools: Sequence[Any] | None = None) -> None:
+        self.tools = tools
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Offer)
+
+    def __hash__(self) -> int:
+        return hash(_Offer)
+
+    def __deepcopy__(self, memo: Any) -> _Offer:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Offer], tuple[()]]:
+        return _Offer, ()
+
+
 class ToolCall(Type):
     """One call that a model wants made.
 
@@ -258,6 +280,7 @@ class ToolCall(Type):
     name: str
     args: dict[str, Any]
     id: str | None = None
+    _offer: _Offer = pydantic.PrivateAttr(default_factory=_Offer)
 
     def format(self) -> dict[str, Any]:
         """Write the call as JSON."""
@@ -277,27 +300,34 @@ class ToolCall(Type):
         found = tools[self.name]
         return await (found if isinstance(found, Tool) else Tool(found)).plan(io, (), self.args)
 
-    def execute(self, functions: Mapping[str, Any] | Sequence[Any]) -> Any:
+    def execute(self, functions: Mapping[str, Any] | Sequence[Any] | None = None) -> Any:
         """Make the call on this thread.
 
         Args:
-            functions: The tools, or functions, by name or in a list.
+            functions: The tools, or functions, by name or in a list. None: those that the model
+                was offered, which the calls that a predictor gives know.
 
         Raises:
             ToolError: There is no such tool, or the arguments do not fit.
         """
-        return run_flow(self.plan(BLOCKING, _by_name(functions)))
+        return run_flow(self.plan(BLOCKING, self._tools(functions)))
 
-    async def aexecute(self, functions: Mapping[str, Any] | Sequence[Any]) -> Any:
+    async def aexecute(self, functions: Mapping[str, Any] | Sequence[Any] | None = None) -> Any:
         """Make the call and await it; otherwise as `execute`."""
-        return await self.plan(ASYNC, _by_name(functions))
+        return await self.plan(ASYNC, self._tools(functions))
 
-
-def _by_name(functions: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, Any]:
-    if isinstance(functions, Mapping):
-        return functions
-    tools = [each if isinstance(each, Tool) else Tool(each) for each in functions]
-    return {tool.name: tool for tool in tools}
+    def _tools(self, functions: Mapping[str, Any] | Sequence[Any] | None) -> Mapping[str, Any]:
+        given = self._offer.tools if functions is None else functions
+        if given is None:
+            # No look at the caller's names, as in DSPy: a model would choose among all of them.
+            raise ToolError(
+                f"The call of `{self.name}` does not know its tools; pass them: "
+                "`call.execute([tool, ...])`. Calls that come from a predictor know them."
+            )
+        if isinstance(given, Mapping):
+            return given
+        tools = [each if isinstance(each, Tool) else Tool(each) for each in given]
+        return {tool.name: tool for tool in tools}
 
 
 _Call = ToolCall  # inside of `ToolCalls` the name is that of its attribute
@@ -331,6 +361,16 @@ class ToolCalls(Type):
     def description(cls) -> str:
         """Show a model how calls are written."""
         return 'JSON such as {"tool_calls": [{"name": "search", "args": {"query": "cats"}}]}'
+
+    def offer(self, tools: Any) -> None:
+        """Let the calls know the tools that the model was offered, for `execute()`.
+
+        Args:
+            tools: One tool or a list of them.
+        """
+        given = _Offer(tuple(tools) if isinstance(tools, list | tuple) else (tools,))
+        for call in self.tool_calls:
+            call._offer = given  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
     def format(self) -> dict[str, Any]:
         """Write the calls as JSON, with what they gave."""
