@@ -83,6 +83,17 @@ def repair_turn(
     ]
 
 
+def texts_of(
+    signature: type[Signature], outputs: Mapping[str, Any], missing: str | None
+) -> list[tuple[str, str]]:
+    """Write each output's value; a missing one as `missing` says, or, for None, not at all."""
+    return [
+        (name, format_value(outputs[name]) if name in outputs else missing or "")
+        for name in signature.output_fields
+        if name in outputs or missing is not None
+    ]
+
+
 def list_fields(fields: Mapping[str, Field], *, outputs: bool) -> str:
     """List fields for the system message: name, type, form and meaning."""
     lines: list[str] = []

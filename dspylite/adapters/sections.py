@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dspylite.adapters.base import Adapter, header, section, unfence
+from dspylite.adapters.base import Adapter, header, section, texts_of, unfence
 from dspylite.adapters.json import JSONAdapter
 from dspylite.adapters.streaming import FieldReader, SectionReader
-from dspylite.adapters.values import format_value, parse_text
+from dspylite.adapters.values import parse_text
 from dspylite.schema.signature import Signature
 
 if TYPE_CHECKING:
@@ -105,13 +105,8 @@ class ChatAdapter(Adapter):
         missing_field_message: str | None = None,
     ) -> str:
         """Write the sections of an answer."""
-        parts: list[str] = []
-        for name in signature.output_fields:
-            if name in outputs:
-                parts.append(section(name, format_value(outputs[name])))
-            elif missing_field_message is not None:
-                parts.append(section(name, missing_field_message))
-        return "\n\n".join([*parts, header(END)])
+        texts = texts_of(signature, outputs, missing_field_message)
+        return "\n\n".join([*(section(name, text) for name, text in texts), header(END)])
 
     def parse(
         self, signature: type[Signature], completion: str, *, finish_reason: str | None = "stop"

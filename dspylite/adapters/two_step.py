@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dspylite.abc import Io, LanguageModel
-from dspylite.adapters.base import Adapter, list_fields
+from dspylite.adapters.base import Adapter, list_fields, texts_of
 from dspylite.adapters.features import special_fields
 from dspylite.adapters.native import read_native
 from dspylite.adapters.sections import ChatAdapter
-from dspylite.adapters.values import format_value
 from dspylite.errors import AdapterParseError, LMConfigurationError
 from dspylite.runtime.flow import BLOCKING, run_flow
 from dspylite.schema.messages import LMOutput
@@ -80,13 +79,8 @@ class TwoStepAdapter(Adapter):
         missing_field_message: str | None = None,
     ) -> str:
         """Write the outputs by name, as an answer in words could."""
-        lines: list[str] = []
-        for name in signature.output_fields:
-            if name in outputs:
-                lines.append(f"{name}: {format_value(outputs[name])}")
-            elif missing_field_message is not None:
-                lines.append(f"{name}: {missing_field_message}")
-        return "\n".join(lines)
+        texts = texts_of(signature, outputs, missing_field_message)
+        return "\n".join(f"{name}: {text}" for name, text in texts)
 
     async def read(self, io: Io, plan: AdapterPlan, output: LMOutput) -> dict[str, Any]:
         """Have the outputs extracted from one answer.

@@ -11,10 +11,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dspylite.adapters.base import texts_of
 from dspylite.adapters.elements import read_elements
 from dspylite.adapters.sections import ChatAdapter
 from dspylite.adapters.streaming import ElementReader, FieldReader
-from dspylite.adapters.values import format_value, parse_text
+from dspylite.adapters.values import parse_text
 from dspylite.schema.signature import Field, Signature
 
 
@@ -60,13 +61,8 @@ class XMLAdapter(ChatAdapter):
         missing_field_message: str | None = None,
     ) -> str:
         """Write the elements of an answer."""
-        parts: list[str] = []
-        for name in signature.output_fields:
-            if name in outputs:
-                parts.append(_element(name, self.escape(signature, format_value(outputs[name]))))
-            elif missing_field_message is not None:
-                parts.append(_element(name, missing_field_message))
-        return "\n\n".join(parts)
+        texts = texts_of(signature, outputs, missing_field_message)
+        return "\n\n".join(_element(name, self.escape(signature, text)) for name, text in texts)
 
     def parse(
         self, signature: type[Signature], completion: str, *, finish_reason: str | None = "stop"
