@@ -319,8 +319,9 @@ def test_caches_that_are_replaced_leave_nothing_open(tmp_path: Path, cache_in: M
         assert right_rows(current_cache(), range(number, number + 2)) == 2
     use_cache(Cache(enable_disk_cache=False))
     gc.collect()
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    # Fewer where a thread of an earlier test has ended meanwhile.
+    assert threading.active_count() <= threads
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 # --- Secrets -------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 import dspylite as dspy
+from dspylite.runtime.loops import start_thread
 from dspylite.testing import FakeServer
 
 
@@ -64,3 +67,18 @@ def test_connections_are_closed_with_the_thread_that_opened_them(
             thread.join(10)
         gc.collect()
     assert [str(each.message) for each in caught if "transport" in str(each.message)] == []
+
+
+def test_a_thread_ends_quietly_while_another_one_loads_what_keeps_loops(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Python shows a module to other threads before it is whole."""
+    name = f"{start_thread.__module__.rpartition('.')[0]}.thread_loops"
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    done = threading.Event()
+    start_thread(done.set, "a-test")
+    assert done.wait(10)
+    for thread in threading.enumerate():
+        if thread.name == "a-test":
+            thread.join(10)
+    assert capfd.readouterr().err == ""

@@ -137,7 +137,9 @@ def start_thread(work: Callable[[], object], name: str) -> None:
         try:
             work()
         finally:
-            if (loops := sys.modules.get(f"{__package__}.thread_loops")) is not None:
-                loops.end_thread_loop()
+            # Missing, or not whole yet where another thread loads it: then this one keeps no loop.
+            loops = sys.modules.get(f"{__package__}.thread_loops")
+            if (end := getattr(loops, "end_thread_loop", None)) is not None:
+                end()
 
     threading.Thread(target=run, name=name, daemon=True).start()
