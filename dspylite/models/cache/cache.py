@@ -10,7 +10,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +27,7 @@ from dspylite.models.cache.rows import (
     own_copy,
 )
 from dspylite.models.cache.salt import SALT_BYTES
-from dspylite.models.cache.store import Count, DiskStore
+from dspylite.models.cache.store import LONGEST_WAIT_S, Count, DiskStore
 from dspylite.runtime.forks import watch_forks
 
 DEFAULT_DISK_BYTES = 1_000_000_000
@@ -38,6 +38,8 @@ DEFAULT_MEMORY_ENTRIES = 1_000_000
 _SALT_PAUSE_S = 5.0
 """How long a directory that could not take a salt is left alone; guessed."""
 _DISK_COUNTS = get_args(Count)
+_AT_ONCE = 200
+"""Values for which the memory's lock is held at once; other threads wait some 0.1 ms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +262,89 @@ class Cache:
         if self.disk_cache is not None:
             self.disk_cache.put(key, row)
 
+    def read_many(self, keys: Sequence[str], *, copied: bool = True) -> dict[str, Any]:
+        """Return what is kept under keys, without those that nothing is kept under.
+
+        The same as `read` for each, and much quicker. The disk is waited for as long as it answers
+        in 0.25 s what is asked at once, 200 keys; after that, the rest is not looked for there.
+
+        Args:
+            keys: Which; one that is there twice counts once.
+            copied: Whether the caller may change the values. False: they are those that are kept.
+        """
+        wanted = list(dict.fromkeys(keys))
+        found: dict[str, Any] = {}
+        if self.enable_memory_cache:
+            for some in _pieces(wanted):
+                found |= self.memory_cache.get_many(some)
+            if found:
+                self.count("memory_hits", len(found))
+                wanted = [key for key in wanted if key not in found]
+                if copied:
+                    found = {key: own_copy(value) for key, value in found.items()}
+        if self.disk_cache is not None and wanted:
+            for rows in self.disk_cache.get_many(wanted):
+                found |= self._take(self.disk_cache, rows, copied=copied)
+        return found
+
+    def _take(
+        self, disk: DiskStore, rows: Mapping[str, bytes], *, copied: bool
+    ) -> Iterator[tuple[str, Any]]:
+        """Give what rows from the disk hold, each checked by itself, and keep it in memory."""
+        entries: list[tuple[str, Any, int]] = []
+        for key, row in rows.items():
+            try:
+                value = decode_row(key, row)
+            except BadRowError:
+                disk.reject(key)
+                continue
+            entries.append((key, value, max(len(row), held_bytes(value))))
+        if entries:
+            self.count("disk_hits", len(entries))
+        if self.enable_memory_cache:
+            self.memory_cache.put_many(entries)
+            is_shared = not copied
+        else:
+            is_shared = True
+        for key, value, _ in entries:
+            if value is not None:
+                yield key, value if is_shared else own_copy(value)
+
+    def write_many(
+        self, values: Mapping[str, Any], *, in_memory: bool = True, copied: bool = True
+    ) -> None:
+        """Keep values; the same as `write` for each, and quicker.
+
+        The disk gets them soon. Where more wait to be written than may, 64 MB, this waits 0.25 s
+        at most, all in all, and what then finds no place is not kept on disk: a coroutine leaves
+        it to a thread.
+
+        Args:
+            values: What is to be kept, by key.
+            in_memory: Whether it is kept in memory too.
+            copied: Whether the caller may go on changing the values. False: nobody does.
+
+        Raises:
+            TypeError: A value has no form in JSON; some of the others are kept.
+        """
+        patience_s = LONGEST_WAIT_S
+        in_memory = in_memory and self.enable_memory_cache
+        for some in _pieces(list(values)):
+            rows: list[tuple[str, bytes]] = []
+            entries: list[tuple[str, Any, int]] = []
+            for key in some:
+                value = values[key]
+                row = encode_row(key, value)
+                if len(row) > MAX_ROW_BYTES:
+                    continue
+                rows.append((key, row))
+                if in_memory:
+                    kept = own_copy(value) if copied else value
+                    entries.append((key, kept, max(len(row), held_bytes(value))))
+            self.memory_cache.put_many(entries)
+            if self.disk_cache is not None:
+                patience_s = self.disk_cache.put_many(rows, patience_s)
+
     def drop(self, key: str) -> None:
         """Forget what is kept under a key."""
         self.memory_cache.delete(key)
@@ -290,10 +375,10 @@ class Cache:
         """Whether the salt is the one that other processes use too."""
         return self._is_salt_kept
 
-    def count(self, what: str) -> None:
+    def count(self, what: str, number: int = 1) -> None:
         """Count something for `stats`."""
         with self._lock:
-            self._counts[what] += 1
+            self._counts[what] += number
 
     # -- as a whole -------------------------------------------------------------------------------
 
@@ -345,6 +430,11 @@ class Cache:
             f"disk: {self.disk_cache_dir}" if self.disk_cache is not None else "",
         ]
         return f"Cache({', '.join(filter(None, levels)) or 'off'})"
+
+
+def _pieces(keys: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(keys), _AT_ONCE):
+        yield keys[start : start + _AT_ONCE]
 
 
 def default_directory() -> Path | None:

@@ -13,8 +13,9 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dspylite.models.cache.contract import (
     BusyError,
@@ -33,7 +34,9 @@ AND length(value) <= {MAX_ROW_BYTES} THEN value END
 """
 """A row's bytes; NULL for what is a pickle, names a file, is too long or no bytes at all, none of
 which is ever read. Mode 1 is diskcache's `MODE_RAW`."""
-_GET = f"SELECT {VALUE} FROM Cache WHERE key = ? AND raw = 1"
+_GET = f"SELECT {VALUE} FROM Cache WHERE key = ? AND raw = 1 LIMIT 1"
+_GET_MANY = f"SELECT key, {VALUE} FROM Cache WHERE raw = 1 AND key IN ({{}}) LIMIT {{}}"
+"""Bounded, because a table that somebody has planted need not have one row to a key."""
 _MOST_READERS = 8
 _LOOK_S = 1.0
 """How often readers look whether their file is still in its place."""
@@ -58,6 +61,9 @@ _DAMAGE = {
     sqlite3.SQLITE_CONSTRAINT,  # an index that lies; no row of ours can break one
     sqlite3.SQLITE_MISMATCH,
 }
+
+
+_Answer = TypeVar("_Answer")
 
 
 def fault_of(error: BaseException, around: BaseException | None = None) -> Exception:
@@ -210,13 +216,26 @@ class Readers:
         Raises:
             BadRowError: There is one that nobody should read.
         """
+        return self._ask(lambda reader, until: reader.get(key, until), timeout_s)
+
+    def get_many(self, keys: Sequence[str], timeout_s: float) -> Mapping[str, bytes | None]:
+        """Return the rows there are; None for one that nobody should read.
+
+        Args:
+            keys: Their keys.
+            timeout_s: Seconds after which all are given up.
+        """
+        return self._ask(lambda reader, until: reader.get_many(keys, until), timeout_s) or {}
+
+    def _ask(self, what: Callable[[_Reader, float], _Answer], timeout_s: float) -> _Answer | None:
+        """Have a reader do something; None if there is nothing to read."""
         until = time.monotonic() + timeout_s
         reader, era = self._borrow(until)
         if reader is None:
             return None
         try:
             with faults(reader.inode):
-                found = reader.get(key, until)
+                found = what(reader, until)
         except BadRowError:
             self._give_back(reader, era)
             raise
@@ -338,20 +357,29 @@ class _Reader:
         return None
 
     def get(self, key: str, until: float) -> bytes | None:
+        found = self._select(_GET, (key,), until)
+        if not found:
+            return None
+        row: bytes | None = found[0][0]
+        if row is None:
+            raise BadRowError
+        return row
+
+    def get_many(self, keys: Sequence[str], until: float) -> dict[str, bytes | None]:
+        places = ", ".join("?" * len(keys))
+        found = self._select(_GET_MANY.format(places, len(keys)), keys, until)
+        wanted = set(keys)
+        # In a table that somebody has planted, another key may be as good as equal.
+        return {key: row for key, row in found if key in wanted}
+
+    def _select(self, statement: str, given: Sequence[str], until: float) -> list[Any]:
         self._until = until
         try:
-            found = self._connection.execute(_GET, (key,)).fetchone()
+            return self._connection.execute(statement, given).fetchall()
         except sqlite3.DatabaseError as error:
             if self._is_immutable:  # others may be writing, which it cannot see
                 raise UnavailableError(str(error)) from None
             raise
-        if found is None:
-            return None
-        (row,) = found
-        if row is None:
-            raise BadRowError
-        checked: bytes = row
-        return checked
 
     def close(self) -> None:
         close_quietly(self._connection)

@@ -11,7 +11,7 @@ import functools
 import os
 import shutil
 import sqlite3
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,10 @@ class DiskTable:
             BadRowError: There is one that nobody should read.
         """
         return self._readers.get(key, timeout_s)
+
+    def get_many(self, keys: Sequence[str], timeout_s: float) -> Mapping[str, bytes | None]:
+        """Return the rows there are; None for one that nobody should read."""
+        return self._readers.get_many(keys, timeout_s)
 
     def put(self, rows: Iterable[tuple[str, bytes]]) -> None:
         """Keep rows, in one transaction."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 import threading
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dspylite.schema.messages import LMResponse
@@ -27,6 +28,8 @@ def held_bytes(value: Any) -> int:
         >>> held_bytes("a" * 1000) < 1100, held_bytes("a" * 1000 + chr(0x1F600)) > 4000
         (True, True)
     """
+    if isinstance(value, array):  # of numbers, which are in it and not beside it
+        return sys.getsizeof(value)
     total, left = 0, [value]
     while left:
         each = left.pop()
@@ -88,16 +91,35 @@ class MemoryCache:
             value: The value; one larger than the bound is not kept.
             size: What it takes, in bytes.
         """
-        size += _ENTRY_BYTES
+        self.put_many([(key, value, size)])
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Return the values that there are, and note that they were used.
+
+        Nobody else is served meanwhile, so that callers hand over many keys in several calls.
+        """
+        values, found = self._values, {}
         with self._lock:
-            self._drop(key)
-            if size > self.size_limit_bytes:
-                return
-            self._values[key] = (value, size)
-            self._size += size
-            while self._size > self.size_limit_bytes or len(self._values) > self.max_entries:
-                _, (_, dropped) = self._values.popitem(last=False)
-                self._size -= dropped
+            for key in keys:
+                entry = values.get(key)
+                if entry is not None and entry[0] is not None:
+                    values.move_to_end(key)
+                    found[key] = entry[0]
+        return found
+
+    def put_many(self, entries: Iterable[tuple[str, Any, int]]) -> None:
+        """Keep values; each is a key, a value and a size, as `put` takes them."""
+        with self._lock:
+            for key, value, size in entries:
+                full_size = size + _ENTRY_BYTES
+                self._drop(key)
+                if full_size > self.size_limit_bytes:
+                    continue
+                self._values[key] = (value, full_size)
+                self._size += full_size
+                while self._size > self.size_limit_bytes or len(self._values) > self.max_entries:
+                    _, (_, dropped) = self._values.popitem(last=False)
+                    self._size -= dropped
 
     def delete(self, key: str) -> None:
         """Forget a value, if there is one."""

@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from dspylite.models.cache.contract import (
+    KEYS_AT_ONCE,
     BusyError,
     CacheStore,
     CrowdedError,
@@ -58,6 +59,8 @@ _ALONE_S = 1.0
 Count = Literal[
     "writes", "dropped_writes", "rejected_rows", "damaged", "busy", "unavailable", "timeouts"
 ]
+
+_Answer = TypeVar("_Answer")
 
 
 class DiskStore:
@@ -133,16 +136,52 @@ class DiskStore:
     def get(self, key: str) -> bytes | None:
         """Return a row, within 0.25 s; None if there is none."""
         row = self._rows.get(key)
-        if row is not None or self._is_out_of_use or key in self._unwanted:
+        if row is not None or key in self._unwanted or not self._may_be_asked():
             return row
-        if self._opened is None and not self._is_there():
-            return None
-        if self._damage is not None or time.monotonic() < self._read_at:
-            return None
         try:
-            return self._table.get(key, LONGEST_WAIT_S)
+            return self._ask(lambda: self._table.get(key, LONGEST_WAIT_S))
         except BadRowError:
             self.reject(key)
+            return None
+
+    def get_many(self, keys: Sequence[str]) -> Iterator[Mapping[str, bytes]]:
+        """Give the rows that there are, some at a time.
+
+        The disk is waited for as long as it answers: 0.25 s for each `KEYS_AT_ONCE` keys, and no
+        longer once it was silent for so long.
+        """
+        is_silent = False
+        for start in range(0, len(keys), KEYS_AT_ONCE):
+            found: dict[str, bytes] = {}
+            wanted: list[str] = []
+            for key in keys[start : start + KEYS_AT_ONCE]:
+                row = self._rows.get(key)
+                if row is not None:
+                    found[key] = row
+                elif key not in self._unwanted:
+                    wanted.append(key)
+            if wanted and not is_silent and self._may_be_asked():
+                answer = self._ask(functools.partial(self._get_from_table, wanted))
+                is_silent = answer is None
+                for key, row in (answer or {}).items():
+                    if row is None:
+                        self.reject(key)
+                    else:
+                        found[key] = row
+            yield found
+
+    def _get_from_table(self, keys: Sequence[str]) -> Mapping[str, bytes | None]:
+        return self._table.get_many(keys, LONGEST_WAIT_S)
+
+    def _may_be_asked(self) -> bool:
+        if self._is_out_of_use or (self._opened is None and not self._is_there()):
+            return False
+        return self._damage is None and time.monotonic() >= self._read_at
+
+    def _ask(self, what: Callable[[], _Answer]) -> _Answer | None:
+        """Read from the database; None if that cannot be done."""
+        try:
+            return what()
         except CrowdedError:
             self._count("timeouts")
         except BusyError as error:
@@ -159,23 +198,50 @@ class DiskStore:
 
     def put(self, key: str, row: bytes) -> None:
         """Have a row written soon; nobody waits for it."""
+        self.put_many([(key, row)], 0.0)
+
+    def put_many(self, rows: Iterable[tuple[str, bytes]], patience_s: float) -> float:
+        """Have rows written soon; nobody waits for that, but for a place among those that wait.
+
+        Args:
+            rows: Keys and rows.
+            patience_s: How long to wait for places, in seconds.
+
+        Returns:
+            What is left of the patience.
+        """
         if self._is_lost:
             self._warn(
                 "lost", "the process was forked in the midst of its use; it is not used here"
             )
-            return
+            return patience_s
         if self._is_out_of_use:
-            return
+            return patience_s
+        dropped = 0
         with self._changed:
-            is_full = self._queued_bytes + len(row) > MOST_QUEUED_BYTES
-            if not is_full:
-                self._unwanted.discard(key)
-                self._queued_bytes += len(row) - len(self._rows.get(key, b""))
-                self._rows[key] = row
-                self._wake_thread()
-        if is_full:
-            self._count("dropped_writes")
+            for key, row in rows:
+                if not self._has_place(row) and patience_s > 0:
+                    patience_s = self._wait_for_place(row, patience_s)
+                if self._has_place(row):
+                    self._unwanted.discard(key)
+                    self._queued_bytes += len(row) - len(self._rows.get(key, b""))
+                    self._rows[key] = row
+                    self._wake_thread()
+                else:
+                    dropped += 1
+        if dropped:
+            self._count("dropped_writes", dropped)
             self._warn("full", "more answers wait to be written than may; the next are not kept")
+        return patience_s
+
+    def _has_place(self, row: bytes) -> bool:
+        return self._queued_bytes + len(row) <= MOST_QUEUED_BYTES
+
+    def _wait_for_place(self, row: bytes, patience_s: float) -> float:
+        """Wait until the thread has written something; return what is left of the patience."""
+        until = time.monotonic() + patience_s
+        self._changed.wait_for(lambda: self._has_place(row), patience_s)
+        return max(0.0, until - time.monotonic())
 
     def delete(self, key: str) -> None:
         """Have a row removed soon; it is not given any more."""
@@ -306,6 +372,8 @@ class DiskStore:
             while True:
                 now, pause_s = time.monotonic(), None
                 if self._is_asked():
+                    if len(self._rows) >= MOST_AT_ONCE:  # there is nothing to gather for
+                        gathers_until = now
                     gathers_until = now + GATHER_S if gathers_until is None else gathers_until
                     begin = self._write_at if self._in_a_hurry else gathers_until
                     pause_s = max(begin, self._write_at) - now
