@@ -66,11 +66,9 @@ from dspylite.models.breaker import CircuitBreaker, Health
 from dspylite.models.cache import configure as _cache
 from dspylite.models.cache.cache import Cache, CacheStats
 from dspylite.models.cache.configure import configure_cache
-from dspylite.models.embedder import Embedder
 from dspylite.models.fallback import Fallback
 from dspylite.models.limits import MaxConcurrency
 from dspylite.models.lm import LM, OfflineLM
-from dspylite.models.matrix import EmbeddingMatrix
 from dspylite.models.rates import RateLimit
 from dspylite.models.retry import Retry
 from dspylite.models.streams import LMStream
@@ -117,6 +115,8 @@ if typing.TYPE_CHECKING:
     from dspylite.adapters.types.text import Code, Reasoning
     from dspylite.adapters.types.tools import Tool, ToolCallResults, ToolCalls
     from dspylite.adapters.xml import XMLAdapter
+    from dspylite.models.embedder import Embedder
+    from dspylite.models.matrix import EmbeddingMatrix
     from dspylite.models.retrieval.knn import KNN
     from dspylite.models.retrieval.retriever import Embeddings, EmbeddingsWithScores
     from dspylite.programs.evaluation.evaluate import Evaluate
@@ -154,6 +154,8 @@ _LATER: dict[str, str] = {
     "adapters.types.text": "Code Reasoning",
     "adapters.types.tools": "Tool ToolCallResults ToolCalls",
     "adapters.xml": "XMLAdapter",
+    "models.embedder": "Embedder",
+    "models.matrix": "EmbeddingMatrix",
     "models.retrieval.knn": "KNN",
     "models.retrieval.retriever": "Embeddings EmbeddingsWithScores",
     "programs.evaluation.evaluate": "Evaluate",

@@ -25,6 +25,7 @@ import pytest
 
 import dspylite as dspy
 from dspylite.errors import (
+    BatchError,
     EmbeddingShapeError,
     EmbeddingValueError,
     InputFieldError,
@@ -140,18 +141,38 @@ def test_row_with_an_index_among_rows_without_is_an_error(server: FakeServer) ->
 def test_bad_value_names_the_text_in_the_users_list(bad: Any, server: FakeServer) -> None:
     """The user has ten thousand texts and wants to know which one."""
     server.script(Reply(vectors={0: [1.0], 1: [2.0]}), Reply(vectors={0: [3.0], 1: [bad]}))
-    with pytest.raises(EmbeddingValueError, match="text 4") as caught:
+    with pytest.raises(BatchError, match="text 4") as caught:
         hosted(server, batch_size=2, max_concurrency=1).embed(["a", "b", "a", "c", "d"])
-    assert caught.value.index == 4
+    (error,) = caught.value.errors.values()
+    assert isinstance(error, EmbeddingValueError)
+    assert (list(caught.value.errors), error.index) == ([4], 4)
+    assert {i: list(row) for i, row in caught.value.results.items()} == {
+        0: [1],
+        1: [2],
+        2: [1],
+        3: [3],
+    }
+
+
+@pytest.mark.parametrize("bad", [math.nan, None], ids=repr)
+def test_bad_value_of_an_only_text_is_the_error_itself(bad: Any, server: FakeServer) -> None:
+    """Where nothing else is to be saved there is no batch to speak of."""
+    server.script(Reply(vectors={0: [bad]}))
+    with pytest.raises(EmbeddingValueError, match="text 0") as caught:
+        hosted(server).embed(["a", "a"])
+    assert caught.value.index == 0
 
 
 @pytest.mark.parametrize("row", [[1.0, 2.0, 3.0], []], ids=["longer", "empty"])
 def test_wrong_dimension_names_the_text_in_the_users_list(row: Any, server: FakeServer) -> None:
     """A block has one width, over all batches."""
     server.script(Reply(vectors={0: [1.0, 1.0], 1: [2.0, 2.0]}), Reply(vectors={0: row}))
-    with pytest.raises(EmbeddingShapeError, match="text 3") as caught:
+    with pytest.raises(BatchError, match="text 3") as caught:
         hosted(server, batch_size=2, max_concurrency=1).embed(["a", "b", "a", "c"])
-    assert caught.value.index == 3
+    (error,) = caught.value.errors.values()
+    assert isinstance(error, EmbeddingShapeError)
+    assert (list(caught.value.errors), error.index) == ([3], 3)
+    assert list(caught.value.results) == [0, 1, 2]
 
 
 def test_equal_texts_are_sent_once(server: FakeServer) -> None:
@@ -243,9 +264,7 @@ def test_usage_is_the_servers_count_over_all_batches(server: FakeServer) -> None
 
 def test_parameters_key_and_headers_arrive(server: FakeServer) -> None:
     """What is given to the embedder is in every request."""
-    options = hosted(server, dimensions=2, extra_headers={"x-tenant": "t-1"}).kwargs
-    # litellm refuses `dimensions` for names that it does not know, hence a known one.
-    embedder = dspy.Embedder("openai/text-embedding-3-small", **options)
+    embedder = hosted(server, dimensions=2, extra_headers={"x-tenant": "t-1"})
     assert embedder.embed(["a"]).shape == (1, 2)
     (request,) = server.requests
     assert (request.api_key, request.headers["x-tenant"]) == (KEY, "t-1")
@@ -457,13 +476,40 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "no name": (("",), {}, "`model` must be a name"),
     "no model": ((None,), {}, "`model` must be a name"),
     "unknown offline model": (("offline/bert",), {}, "is the only offline embedder"),
-    "offline with a key": (("offline/hashing",), {"api_key": "k"}, "takes `dimensions` alone"),
-    "no dimensions": (("offline/hashing",), {"dimensions": 0}, "`dimensions` must be at least 1"),
-    "no batch": (("openai/m",), {"batch_size": 0}, "`batch_size` must be at least 1"),
-    "flag as batch": (("openai/m",), {"batch_size": True}, "`batch_size` must be at least 1"),
-    "no batches": (("openai/m",), {"max_concurrency": 0}, "`max_concurrency` must be at least 1"),
+    "offline with a key": (("offline/hashing",), {"api_key": "k"}, "takes no ['api_key']"),
+    "no dimensions": (
+        ("offline/hashing",),
+        {"dimensions": 0},
+        "`dimensions` must be a whole number of at least 1",
+    ),
+    "no batch": (
+        ("openai/m",),
+        {"batch_size": 0},
+        "`batch_size` must be a whole number of at least 1",
+    ),
+    "flag as batch": (
+        ("openai/m",),
+        {"batch_size": True},
+        "`batch_size` must be a whole number of at least 1",
+    ),
+    "no batches": (
+        ("openai/m",),
+        {"max_concurrency": 0},
+        "`max_concurrency` must be a whole number of at least 1",
+    ),
     "negative retries": (("openai/m",), {"num_retries": -1}, "`num_retries` must be 0 or more"),
-    "also of functions": ((lengths,), {"num_retries": -1}, "`num_retries` must be 0 or more"),
+    "retries of a function": ((lengths,), {"num_retries": 2}, "`num_retries` is a policy"),
+    "rate of a function": ((lengths,), {"rpm": 60}, "`rpm` is a policy around requests"),
+    "rate of hashing": (("offline/hashing",), {"rpm": 60}, "`rpm` is a policy around requests"),
+    "a fallback": (("openai/m",), {"fallbacks": [dspy.LM("openai/n")]}, "takes no `fallbacks`"),
+    "cache_id of a model": (("openai/m",), {"cache_id": "1"}, "`cache_id` names a function"),
+    "unknown overflow": (("openai/m",), {"overflow": "cut"}, "error, truncate, pool, not 'cut'"),
+    "no room": (
+        ("openai/m",),
+        {"max_tokens": 4, "instruction": "far too long an instruction for that: "},
+        "leaves no room",
+    ),
+    "instruction that is none": (("openai/m",), {"instruction": 5}, "`instruction` must be a text"),
     "bad URL": (("openai/m",), {"api_base": "localhost:8000"}, "`api_base` must be a URL"),
     "no time": (("openai/m",), {"timeout": 0}, "`timeout` must be a number of more than 0"),
 }

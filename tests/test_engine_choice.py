@@ -15,7 +15,8 @@ from pydantic import BaseModel
 import dspylite as dspy
 from dspylite.abc import Engine
 from dspylite.errors import LMConfigurationError
-from dspylite.models.direct.engine import SPOKEN, DirectChat, DirectEmbedding
+from dspylite.models.direct.embedding import DirectEmbedding
+from dspylite.models.direct.engine import SPOKEN, DirectChat
 from dspylite.models.engines import (
     LITELLM,
     check_engine,
@@ -309,15 +310,15 @@ EMBEDDERS = {
 @pytest.mark.parametrize(("engine", "model"), list(EMBEDDERS))
 def test_embedders_choose_by_the_same_rule(engine: str | None, model: str) -> None:
     """One set of names and one variable for both kinds of models."""
-    backend: Any = dspy.Embedder(model, engine=engine)._backend
-    assert type(backend.engine) is EMBEDDERS[engine, model]
+    source: Any = dspy.Embedder(model, engine=engine)._plan.source
+    assert type(source.engine) is EMBEDDERS[engine, model]
 
 
 def test_the_environment_chooses_for_embedders_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """One variable switches the whole program."""
     monkeypatch.setenv("DSPYLITE_ENGINE", "litellm")
-    backend: Any = dspy.Embedder("openai/e")._backend
-    assert type(backend.engine) is LiteLLMEmbedding
+    source: Any = dspy.Embedder("openai/e")._plan.source
+    assert type(source.engine) is LiteLLMEmbedding
 
 
 def test_embedder_refuses_the_direct_engine_for_other_providers() -> None:

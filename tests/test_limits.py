@@ -559,7 +559,8 @@ def test_tokens_are_estimated_from_text_and_limit(
     messages: list[Message], params: dict[str, Any], tokens: int
 ) -> None:
     """Something must be reserved before the provider has counted."""
-    assert estimate_tokens(messages, params) == tokens
+    request = LMRequest(model="m", messages=messages, params=params)
+    assert estimate_tokens(request) == tokens
 
 
 # --- Calls at once -------------------------------------------------------------------------------

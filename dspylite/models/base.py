@@ -20,7 +20,7 @@ from dspylite.models.middleware import (
     chain,
     in_order,
 )
-from dspylite.models.parameters import check_params
+from dspylite.models.parameters import check_params, copied
 from dspylite.models.policies import POLICY_NAMES, Policies
 from dspylite.models.recording import (
     BudgetCheck,
@@ -377,7 +377,7 @@ class BaseLM:
         twin = self.__class__.__new__(self.__class__)
         twin.__dict__.update(self.__dict__)
         twin.history = History()
-        merged = {name: _own_copy(value) for name, value in self.kwargs.items()}
+        merged = {name: copied(value) for name, value in self.kwargs.items()}
         policies = {name: changes.pop(name) for name in list(changes) if name in _POLICY_CHANGES}
         for name, value in changes.items():
             if name in {"model", "model_type", "cache"}:
@@ -463,15 +463,6 @@ def _check_call(params: Mapping[str, Any]) -> None:
                 f"`lm.copy({name}={params[name]!r})(...)`."
             )
     check_params(params)
-
-
-def _own_copy(value: Any) -> Any:
-    """Copy what a parameter can be changed in; a client or function among them is shared."""
-    if isinstance(value, dict):
-        return {key: _own_copy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_own_copy(item) for item in value]
-    return value
 
 
 class Forward:

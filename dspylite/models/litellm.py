@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 from dspylite.abc import Engine
 from dspylite.errors import LMConfigurationError, MissingExtraError
 from dspylite.models.answers import check_texts, read_chat_response, read_responses_answer
+from dspylite.models.direct.providers import provider_of
 from dspylite.models.litellm_door import (
     border,
     in_time,
@@ -26,8 +27,8 @@ from dspylite.models.litellm_streams import LiteLLMStream
 from dspylite.models.streams import close_stream
 from dspylite.runtime.clock import time_left
 from dspylite.runtime.loops import running_library
-from dspylite.runtime.workers import call_in_thread, open_in_thread
-from dspylite.schema.messages import LMRequest, LMResponse, Message, Usage
+from dspylite.runtime.workers import open_in_thread
+from dspylite.schema.messages import EmbeddingResponse, LMRequest, LMResponse, Message, Usage
 
 DEFAULT_TIMEOUT_S = 300.0
 """Longest wait for one answer unless the LM says otherwise; litellm's own default is 6,000 s."""
@@ -35,11 +36,7 @@ DEFAULT_TIMEOUT_S = 300.0
 
 def _arguments(request: LMRequest) -> dict[str, Any]:
     check_texts(request.messages, request.model)
-    return _common_arguments(request.model, request.params)
-
-
-def _common_arguments(model: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = {"timeout": DEFAULT_TIMEOUT_S, **params, "model": model}
+    arguments = {"timeout": DEFAULT_TIMEOUT_S, **request.params, "model": request.model}
     arguments.pop("max_response_bytes", None)  # the direct engine's
     arguments.update(num_retries=0, max_retries=0)  # litellm's and the SDK's; ours are in the chain
     left = time_left()
@@ -202,50 +199,34 @@ class _NoRetries(int):
         return True
 
 
-class LiteLLMEmbedding:
+class LiteLLMEmbedding(_LiteLLM):
     """Embeddings through litellm: a batch of texts to the raw rows of the answer."""
 
-    __slots__ = ("model", "params")
+    __slots__ = ()
+    name = "embedding"
 
-    def __init__(self, model: str, params: Mapping[str, Any]) -> None:
-        self.model = model
-        self.params = dict(params)
+    def arguments(self, request: LMRequest) -> dict[str, Any]:
+        """Return what litellm is called with."""
+        arguments: dict[str, Any] = _arguments(request) | {
+            "max_retries": _NoRetries(),
+            "input": [message["content"] for message in request.messages],
+        }
+        if "dimensions" in arguments and provider_of(request.model) is not None:
+            # litellm refuses it for names that it does not know, though their servers may not.
+            extra: Mapping[str, Any] = arguments.get("extra_body") or {}
+            arguments["extra_body"] = {"dimensions": arguments.pop("dimensions"), **extra}
+        return arguments
 
-    def call(self, texts: Sequence[str]) -> tuple[list[Any], Usage]:
-        """Send one batch and wait on this thread; return its rows as they came.
-
-        Raises:
-            LMError: Of the class that fits the failure.
-        """
-        arguments = self._arguments()
-        with border(arguments):
-            litellm = load_litellm()
-            return _read_rows(
-                in_time(self.model, lambda: litellm.embedding(input=list(texts), **arguments))
-            )
-
-    async def acall(self, texts: Sequence[str]) -> tuple[list[Any], Usage]:
-        """Send one batch and wait on this event loop; under trio, in a worker thread.
-
-        Raises:
-            LMError: Of the class that fits the failure.
-        """
-        if running_library() != "asyncio":  # litellm's async form knows no other
-            return await call_in_thread(self.call, texts)
-        arguments = self._arguments()
-        with border(arguments):
-            litellm = await load_litellm_without_blocking()
-            return _read_rows(
-                await in_time_async(
-                    self.model, lambda: litellm.aembedding(input=list(texts), **arguments)
-                )
-            )
-
-    def _arguments(self) -> dict[str, Any]:
-        return _common_arguments(self.model, self.params) | {"max_retries": _NoRetries()}
-
-
-def _read_rows(answer: Any) -> tuple[list[Any], Usage]:
-    rows = [row if isinstance(row, Mapping) else dict(row) for row in answer.data or ()]
-    usage = answer.usage.model_dump() if answer.usage is not None else {}
-    return rows, Usage.from_provider(usage)
+    def read(
+        self, answer: Any, request: LMRequest, arguments: Mapping[str, Any]
+    ) -> EmbeddingResponse:
+        """Read the rows as they came."""
+        del arguments
+        rows: list[Any] = answer.data or []
+        usage = answer.usage.model_dump() if answer.usage is not None else {}
+        return EmbeddingResponse(
+            outputs=(),
+            rows=[row if isinstance(row, Mapping) else dict(row) for row in rows],
+            usage=Usage.from_provider(usage),
+            model=str(answer.model or request.model),
+        )

@@ -71,3 +71,12 @@ def check_numbers(**numbers: Any) -> None:
         if not is_number or not least <= value < math.inf:
             bound = "0 or more" if name == "temperature" else "more than 0"
             raise LMConfigurationError(f"`{name}` must be a number of {bound}, not {value!r}.")
+
+
+def copied(value: Any) -> Any:
+    """Copy what a parameter can be changed in; a client or function among them is shared."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Final
@@ -24,7 +24,7 @@ from dspylite.models.streams import WatchedStream
 from dspylite.runtime.clock import deadline_error
 from dspylite.runtime.forks import watch_forks
 from dspylite.runtime.gates import wake
-from dspylite.schema.messages import DeltaSource, LMRequest, LMResponse, Message
+from dspylite.schema.messages import DeltaSource, LMRequest, LMResponse
 
 WINDOW_S = 60.0
 """What "a minute" in `rpm` and `tpm` is: any 60 seconds, not those of the clock on the wall."""
@@ -44,22 +44,25 @@ _GUESSED_ANSWER_TOKENS = 256
 _ANSWER_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
-def estimate_tokens(messages: Iterable[Message], params: Mapping[str, Any]) -> int:
+def estimate_tokens(request: LMRequest) -> int:
     """Guess what a request will cost, before it is sent: its prompt and its longest answer.
 
     Args:
-        messages: The prompt; 4 characters count as a token, and what is no text as 765.
-        params: `max_completion_tokens`, `max_tokens` or `max_output_tokens` count for each of the
+        request: Of its messages 4 characters count as a token, and what is no text as 765.
+            `max_completion_tokens`, `max_tokens` or `max_output_tokens` count for each of the
             `n` answers; without any of them an answer is taken to have 256 tokens.
 
     Example:
-        >>> estimate_tokens([{"role": "user", "content": "x" * 400}], {"max_tokens": 50})
+        >>> prompt = [{"role": "user", "content": "x" * 400}]
+        >>> estimate_tokens(LMRequest(model="m", messages=prompt, params={"max_tokens": 50}))
         150
-        >>> estimate_tokens([{"role": "user", "content": "x" * 400}], {})
+        >>> estimate_tokens(LMRequest(model="m", messages=prompt))
         356
+        >>> estimate_tokens(LMRequest(model="m", messages=prompt, is_written=False))
+        100
     """
     chars = others = 0
-    for message in messages:
+    for message in request.messages:
         content = message.get("content")
         if isinstance(content, str):
             chars += len(content)
@@ -70,11 +73,15 @@ def estimate_tokens(messages: Iterable[Message], params: Mapping[str, Any]) -> i
                     chars += len(text)
                 else:
                     others += 1
+    read = -(-chars // _CHARS_PER_TOKEN) + others * _TOKENS_PER_IMAGE
+    if not request.is_written:
+        return read
+    params = request.params
     limits = (params.get(name) for name in _ANSWER_LIMITS)
     answer = next((n for n in limits if is_whole(n) and n > 0), _GUESSED_ANSWER_TOKENS)
     n = params.get("n")
     answers = n if is_whole(n) and n > 0 else 1
-    return -(-chars // _CHARS_PER_TOKEN) + others * _TOKENS_PER_IMAGE + answers * answer
+    return read + answers * answer
 
 
 class Turn:
@@ -415,7 +422,7 @@ class RateLimit:
             DeadlineExceededError: Its turn would come too late; nothing was sent or reserved.
         """
         line, counts = self._line, self.tpm is not None
-        tokens = estimate_tokens(request.messages, request.params) if counts else 0
+        tokens = estimate_tokens(request) if counts else 0
         try:
             async with io.enter(_Asking(line, tokens, io.time_left())) as turn:
                 turn.sent = True

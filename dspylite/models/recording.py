@@ -32,16 +32,20 @@ from dspylite.schema.messages import (
 )
 
 
-class RecordedLM(Protocol):
+class PricedModel(Protocol):
+    """What is asked of a model whose calls a budget may refuse."""
+
+    def price(self, *, look_up: bool) -> Price | None:
+        """Return what its tokens cost; None if nobody knows."""
+        ...
+
+
+class RecordedLM(PricedModel, Protocol):
     """What is asked of a model whose calls are noted."""
 
     model: str
     model_type: Any
     history: History
-
-    def price(self, *, look_up: bool) -> Price | None:
-        """Return what its tokens cost; None if nobody knows."""
-        ...
 
     def cost_of(self, usage: Usage) -> float | None:
         """Return what tokens cost in US dollars; None if nobody knows."""
@@ -55,7 +59,7 @@ class BudgetCheck:
 
     place: ClassVar[Place] = "budget"
 
-    def __init__(self, lm: RecordedLM) -> None:
+    def __init__(self, lm: PricedModel) -> None:
         self._lm = lm
 
     async def handle(self, request: LMRequest, call_next: Next, io: Io) -> LMResponse:
@@ -90,10 +94,7 @@ class Record:
 
     def _cost(self, response: LMResponse, *, look_up: bool = False) -> float | None:
         """Return what an answer cost, if that is known; a table is loaded only if it may be."""
-        price = self._lm.price(look_up=look_up)
-        if price is None or (price.is_charged and not response.usage.total_tokens):
-            return None  # where the server counted nothing, that is not known to cost nothing
-        return price.of(response.usage)
+        return cost_of(self._lm.price(look_up=look_up), response.usage)
 
     def keep(self, response: LMResponse, seconds: float) -> LMResponse:
         """Sign, count and keep an answered call; return it signed."""
@@ -122,6 +123,13 @@ class Record:
             is_kept=is_counted,
         )
         return response
+
+
+def cost_of(price: Price | None, usage: Usage) -> float | None:
+    """Return what an answered request cost in US dollars; None if that is not known."""
+    if price is None or (price.is_charged and not usage.total_tokens):
+        return None  # where the server counted nothing, that is not known to cost nothing
+    return price.of(usage)
 
 
 class RecordedStream(WatchedStream):

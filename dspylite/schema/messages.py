@@ -37,6 +37,7 @@ class LMRequest:
         stream: Whether the answer is wanted piece by piece, as `LMResponse.stream`.
         cache: Whether the answer may be an earlier one, and be kept for later.
         rollout_id: Tells it from equal requests, in the cache alone.
+        is_written: Whether the model writes an answer; an embedding model only reads.
     """
 
     model: str
@@ -46,6 +47,7 @@ class LMRequest:
     stream: bool = False
     cache: bool = True
     rollout_id: Any = None
+    is_written: bool = True
 
     def __repr__(self) -> str:
         params = shown_params(self.params)
@@ -268,3 +270,14 @@ class LMResponse:
                 self.verdict.accept()
             else:
                 self.verdict.reject()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingResponse(LMResponse):
+    """The answer to a request for vectors, which has no outputs.
+
+    Attributes:
+        rows: The rows as the provider sent them, in its order: `index` and `embedding`, unchecked.
+    """
+
+    rows: Sequence[Mapping[str, Any]] = ()

@@ -1,19 +1,16 @@
-"""The engine that speaks OpenAI's protocol itself: chat, streams, embeddings, lists of models.
+"""The engine that speaks OpenAI's protocol itself: chat, streams, lists of models.
 
-It never loads litellm. Not here: how bytes travel (`blocking.py`, `awaiting.py`), and where to
-(`providers.py`).
+It never loads litellm. Not here: embeddings (`embedding.py`), how bytes travel (`blocking.py`,
+`awaiting.py`), and where to (`providers.py`).
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import re
-import sys
 import urllib.parse
-from array import array
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -45,10 +42,10 @@ from dspylite.runtime.clock import time_left
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.loops import running_library
 from dspylite.runtime.workers import call_in_thread, open_in_thread
-from dspylite.schema.messages import LMDelta, LMRequest, LMResponse, Usage
+from dspylite.schema.messages import LMDelta, LMRequest, LMResponse
 from dspylite.schema.secrets import redact, secrets_of
 
-_TRANSPORT = frozenset(
+TRANSPORT = frozenset(
     {
         "api_key",
         "api_base",
@@ -63,7 +60,7 @@ _TRANSPORT = frozenset(
 )
 """Parameters that say how to send; all others are sent."""
 
-SPOKEN = _TRANSPORT | frozenset(
+SPOKEN = TRANSPORT | frozenset(
     """
     audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens
     max_tokens metadata modalities n parallel_tool_calls prediction presence_penalty
@@ -176,7 +173,7 @@ async def _complete(io: Io, request: LMRequest) -> LMResponse:
     body = chat_body(request, endpoint.model)
     if request.stream:
         return await _open_stream(io, request, endpoint, body)
-    answer = await _post(
+    answer = await post(
         io, endpoint, "/chat/completions", body, model=request.model, params=request.params
     )
     read = read_json(answer, request.model, params=request.params, endpoint=endpoint)
@@ -193,7 +190,7 @@ def chat_body(request: LMRequest, model: str) -> dict[str, Any]:
     """
     params = request.params
     body: dict[str, Any] = {"model": model, "messages": list(request.messages)}
-    body.update({name: value for name, value in params.items() if name not in _TRANSPORT})
+    body.update({name: value for name, value in params.items() if name not in TRANSPORT})
     if "max_tokens" in body and model.startswith(_REASONING_NAMES):
         body["max_completion_tokens"] = body.pop("max_tokens")  # these refuse the older name
     if request.stream:
@@ -202,7 +199,7 @@ def chat_body(request: LMRequest, model: str) -> dict[str, Any]:
     return body | (params.get("extra_body") or {})
 
 
-async def _post(
+async def post(
     io: Io,
     endpoint: Endpoint,
     path: str,
@@ -457,74 +454,7 @@ class _Deltas:
         return self._assembly.response
 
 
-# -- embeddings and lists of models ----------------------------------------------------------------
-
-
-class DirectEmbedding:
-    """Embeddings: a batch of texts to the raw rows of the answer.
-
-    Vectors travel as base64, which is a third of the bytes and is read thirty times faster than
-    numbers; servers that do not know it send numbers, which are read too.
-    """
-
-    __slots__ = ("model", "params")
-
-    def __init__(self, model: str, params: Mapping[str, Any]) -> None:
-        self.model = model
-        self.params = dict(params)
-
-    def call(self, texts: Sequence[str]) -> tuple[list[Any], Usage]:
-        """Send one batch and wait on this thread; return its rows as they came.
-
-        Raises:
-            LMError: Of the class that fits the failure.
-        """
-        return run_flow(self._embed(BLOCKING, texts))
-
-    async def acall(self, texts: Sequence[str]) -> tuple[list[Any], Usage]:
-        """Send one batch and wait on this event loop; under trio, in a worker thread.
-
-        Raises:
-            LMError: Of the class that fits the failure.
-        """
-        if running_library() != "asyncio":  # aiohttp knows no other
-            return await call_in_thread(self.call, texts)
-        return await self._embed(ASYNC, texts)
-
-    async def _embed(self, io: Io, texts: Sequence[str]) -> tuple[list[Any], Usage]:
-        endpoint = endpoint_of(self.model, self.params)
-        body: dict[str, Any] = {
-            "model": endpoint.model,
-            "input": list(texts),
-            "encoding_format": "base64",
-        }
-        body.update({k: v for k, v in self.params.items() if k not in _TRANSPORT})
-        body |= self.params.get("extra_body") or {}
-        answer = await _post(
-            io, endpoint, "/embeddings", body, model=self.model, params=self.params
-        )
-        read = read_json(answer, self.model, params=self.params, endpoint=endpoint)
-        rows = read.get("data")
-        if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
-            raise LMServerError(
-                f"{self.model}: the answer has no list of vectors.", model=self.model
-            )
-        rows = [{**row, "embedding": _vector(row.get("embedding"))} for row in rows]
-        usage = read.get("usage")
-        return rows, Usage.from_provider(usage if isinstance(usage, Mapping) else None)
-
-
-def _vector(sent: Any) -> Any:
-    """Read a vector of base64; what is none is left to the check of all vectors."""
-    if not isinstance(sent, str):
-        return sent
-    try:
-        vector = array("f", base64.b64decode(sent, validate=True))
-    except ValueError:  # of either: no base64, or no whole number of float32s
-        return sent
-    if sys.byteorder == "big":
-        vector.byteswap()  # it is little-endian on the wire
-    return vector
+# -- lists of models -----------------------------------------------------------------------------
 
 
 async def list_models(io: Io, model: str, params: Mapping[str, Any]) -> list[str]:
@@ -534,6 +464,6 @@ async def list_models(io: Io, model: str, params: Mapping[str, Any]) -> list[str
         LMError: Of the class that fits the failure.
     """
     endpoint = endpoint_of(model, params)
-    answer = await _post(io, endpoint, "/models", None, model=model, params=params)
+    answer = await post(io, endpoint, "/models", None, model=model, params=params)
     rows = read_json(answer, model, params=params, endpoint=endpoint).get("data")
     return [str(row["id"]) for row in rows or () if isinstance(row, Mapping) and "id" in row]

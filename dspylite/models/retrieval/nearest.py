@@ -34,7 +34,7 @@ async def nearest(
     """
     if not texts or not len(rows.matrix):
         return [[] for _ in texts]
-    queries = await embed_texts(io, embedder, texts)
+    queries = await embed_texts(io, embedder, texts, query=True)
     if queries.dim != rows.matrix.dim:
         raise EmbeddingShapeError(
             f"The vector of a query has {queries.dim} dimensions, those of the corpus have "
@@ -48,8 +48,16 @@ async def nearest(
     return await io.any(search)
 
 
-async def embed_texts(io: Io, embedder: Vectorizer, texts: list[str]) -> EmbeddingMatrix:
+async def embed_texts(
+    io: Io, embedder: Vectorizer, texts: list[str], *, query: bool = False
+) -> EmbeddingMatrix:
     """Return one vector per text, from an embedder or a function.
+
+    Args:
+        io: The driver.
+        embedder: What embeds.
+        texts: The texts.
+        query: Whether they are queries, which some models want to be told.
 
     Raises:
         EmbeddingShapeError: There was not one vector per text, or they differ in length.
@@ -57,7 +65,7 @@ async def embed_texts(io: Io, embedder: Vectorizer, texts: list[str]) -> Embeddi
     """
     # A subclass with a `__call__` of its own means that one.
     if isinstance(embedder, Embedder) and type(embedder).__call__ is Embedder.__call__:
-        return await embedder.plan(io, texts)
+        return await embedder.plan(io, texts, query=query)
     made: Any = await io.any(embedder, list(texts))
     count = _count(made)
     if count != len(texts):
