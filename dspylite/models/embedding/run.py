@@ -39,8 +39,8 @@ Progress = Callable[[int, int | None, int], object]
 """Is told how many texts have ended, of how many, and how many of them failed."""
 
 _MAX_VAIN = 12
-"""How many failures in a row, with no success at all, show that it is not one text that breaks a
-batch; more than a batch of 1,000 takes to be halved down to one text."""
+"""How many failures of parts of a batch, while nothing of the call has succeeded, show that it is
+not one text that breaks it; more than a batch of 1,000 takes to be halved down to one text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,17 @@ class Plan:
     batch_size: int
     max_batch_tokens: int
     is_kept: bool
+
+
+@dataclass(slots=True)
+class _Halving:
+    """The search for the text that breaks a batch.
+
+    Attributes:
+        vain: Failures while nothing of the call had succeeded.
+    """
+
+    vain: int = 0
 
 
 class Run:
@@ -92,7 +103,6 @@ class Run:
         self._lock = threading.Lock()  # guards the next; the progress callback runs inside it
         self._ended = 0
         self._dim = 0  # of the rows of this call; 0 until there is one
-        self._vain = 0  # failures while nothing has succeeded
         self._is_stopped = False
 
     async def run(self, texts: Sequence[str]) -> EmbeddingMatrix:
@@ -179,6 +189,9 @@ class Run:
     # -- sending -----------------------------------------------------------------------------------
 
     async def _send(self, batch: list[str]) -> None:
+        await self._search(batch, _Halving())
+
+    async def _search(self, batch: list[str], halving: _Halving) -> None:
         """Send a batch; if it fails and one text may be the reason, send its halves."""
         if self._is_stopped:
             return
@@ -188,25 +201,24 @@ class Run:
         except CallCancelledError:
             raise
         except Exception as error:  # noqa: BLE001  # a function may raise anything; it is kept
-            if len(batch) > 1 and self._goes_on_after(error):
+            goes_on = self._goes_on_after(error, halving)
+            if goes_on and len(batch) > 1:
                 middle = len(batch) // 2
-                await self._send(batch[:middle])
-                await self._send(batch[middle:])
+                await self._search(batch[:middle], halving)
+                await self._search(batch[middle:], halving)
                 return
-            self._fail(batch, error)
-            is_of_one_text = len(batch) == 1 and may_be_one_text(error)
-            if isinstance(error, LMError) and not is_of_one_text:
+            if isinstance(error, LMError) and not goes_on:
                 self._is_stopped = True  # it would be the same for every other batch
+            self._fail(batch, error)
             return
         await self._accept(batch, rows)
 
-    def _goes_on_after(self, error: Exception) -> bool:
-        """Tell whether the parts of a failed batch are worth sending."""
+    def _goes_on_after(self, error: Exception, halving: _Halving) -> bool:
+        """Tell whether one text may be the reason of a failure, so that others can be sent."""
         if not (self._plan.source.is_divisible and may_be_one_text(error)):
             return False
-        with self._lock:
-            self._vain += not self._dim
-            return self._vain <= _MAX_VAIN
+        halving.vain += not self._dim
+        return halving.vain <= _MAX_VAIN
 
     async def _accept(self, batch: list[str], rows: list[Any]) -> None:
         good: dict[str, array[float]] = {}
