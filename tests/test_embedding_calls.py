@@ -404,6 +404,34 @@ def test_a_cancelled_call_sends_nothing_more(server: FakeServer) -> None:
     assert len(server.requests) == 1
 
 
+INTERRUPTED = """
+import os, signal, threading
+import dspylite as dspy
+from dspylite.testing import FakeServer, Reply
+
+with FakeServer(answer=lambda _: Reply(hang=True)) as server:
+    embedder = dspy.Embedder("openai/m", api_base=server.base_url, api_key="k", batch_size=1)
+
+    def interrupt():
+        server.wait_for_requests(4, timeout_s=20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        embedder.embed(list("abcdefgh"))
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+def test_ctrl_c_ends_a_call_whose_server_hangs() -> None:
+    """B 2.6: nobody waits for batches that are not wanted any more, nor does the process's end."""
+    told = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert (told.stdout, told.stderr) == ("interrupted\n", "")
+
+
 def test_embedders_and_lms_share_the_limits_of_an_endpoint(server: FakeServer) -> None:
     """B 4.5, B 6.2: with one key there is one server, whatever it is asked."""
     lm = dspy.LM(

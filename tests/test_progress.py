@@ -22,6 +22,12 @@ evaluate = dspy.Evaluate(devset=devset, metric=lambda e, p: e.y == p.y, display_
 print(evaluate(lambda x: dspy.Prediction(y=x)).score)
 """
 
+EMBEDDING = """
+import dspylite as dspy
+embedder = dspy.Embedder("offline/hashing", batch_size=3, dimensions=4)
+print(embedder.embed([str(x) for x in range(7)], progress=True).shape)
+"""
+
 WITHOUT_RICH = """
 import sys
 sys.modules["rich"] = None
@@ -54,6 +60,13 @@ def test_a_bar_is_drawn_on_the_terminal_and_stdout_stays_clean() -> None:
     """A program's output can be piped while its user watches the bar."""
     code, out, shown = run_on_terminal(BATCH)
     assert (code, out) == (0, "[0, 1, 2, 3, 4, 5, 6]\n")
+    assert "7/7" in shown
+
+
+def test_an_embedder_draws_the_same_bar() -> None:
+    """Texts, like items: how many are done, of how many."""
+    code, out, shown = run_on_terminal(EMBEDDING)
+    assert (code, out) == (0, "(7, 4)\n")
     assert "7/7" in shown
 
 

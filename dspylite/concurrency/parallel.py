@@ -20,7 +20,6 @@ from typing import Any, Literal, TypedDict
 from dspylite.concurrency.crew import Crew
 from dspylite.concurrency.items import Item, Job
 from dspylite.concurrency.outcome import Outcome, batch_error, interrupted
-from dspylite.concurrency.progress import Bar, show_progress
 from dspylite.concurrency.run import BUDGET, Limits, Progress, Run
 from dspylite.concurrency.tasks import Tasks
 from dspylite.errors import (
@@ -31,6 +30,7 @@ from dspylite.errors import (
     SettingsError,
 )
 from dspylite.runtime.loops import is_in_notebook, running_library, standing_still
+from dspylite.runtime.progress import Bar, show_progress
 from dspylite.runtime.settings import check_deadline, settings
 from dspylite.runtime.threads import is_async
 from dspylite.schema.records import Example

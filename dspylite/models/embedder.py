@@ -34,6 +34,7 @@ from dspylite.runtime.cancellation import check_cancelled
 from dspylite.runtime.clock import Deadline
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.gates import Places
+from dspylite.runtime.progress import show_progress
 from dspylite.runtime.settings import check_deadline, settings
 
 HASHING_MODEL = "offline/hashing"
@@ -268,15 +269,16 @@ class Embedder:
         return Shape(name, self.dimensions, may_cut)
 
     def embed(
-        self, texts: Sequence[str], *, query: bool = False, progress: Progress | None = None
+        self, texts: Sequence[str], *, query: bool = False, progress: Progress | bool = False
     ) -> EmbeddingMatrix:
         """Turn texts into vectors and wait on this thread.
 
         Args:
             texts: n strings. Equal strings are sent once.
             query: Whether they are queries, so that `query_instruction` is put before them.
-            progress: Called as `progress(done, total, errors)` after each batch, with numbers of
-                different texts, and of the parts of those that are embedded in parts.
+            progress: True draws a bar on stderr, where that is a terminal or a notebook's (extra
+                `progress`). A function is called as `progress(done, total, errors)` after each
+                batch, with numbers of different texts, and of the parts of long ones.
 
         Returns:
             A float32 block of shape (n, dim), row i for texts[i].
@@ -293,7 +295,7 @@ class Embedder:
         return run_flow(self.plan(BLOCKING, texts, query=query, progress=progress))
 
     async def aembed(
-        self, texts: Sequence[str], *, query: bool = False, progress: Progress | None = None
+        self, texts: Sequence[str], *, query: bool = False, progress: Progress | bool = False
     ) -> EmbeddingMatrix:
         """Turn texts into vectors and await it; otherwise as `embed`."""
         return await self.plan(ASYNC, texts, query=query, progress=progress)
@@ -345,15 +347,19 @@ class Embedder:
         texts: Sequence[str],
         *,
         query: bool = False,
-        progress: Progress | None = None,
+        progress: Progress | bool = False,
     ) -> EmbeddingMatrix:
         """Turn texts into vectors through a driver, as part of another plan."""
         check_cancelled()
         listed = list(_checked_texts(texts))  # read once: an iterator would be empty the next time
         deadline_s = self.kwargs.get("deadline_s")
         instruction = self.query_instruction if query else self.instruction
-        with Deadline(settings.deadline_s if deadline_s is None else deadline_s):
-            run = Run(self._plan, io, instruction=instruction, progress=progress)
+        with (
+            Deadline(settings.deadline_s if deadline_s is None else deadline_s),
+            show_progress(len(listed), wanted=progress is True) as bar,
+        ):
+            told = progress if callable(progress) else bar.update
+            run = Run(self._plan, io, instruction=instruction, progress=told)
             return await run.run(listed)
 
     def split(self, text: str, max_tokens: int | None = None, overlap: int = 0) -> list[str]:

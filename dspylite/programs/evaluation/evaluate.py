@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 from dspylite.abc import Io
 from dspylite.concurrency.outcome import Outcome, batch_error
 from dspylite.concurrency.parallel import Parallel
-from dspylite.concurrency.progress import can_draw
 from dspylite.concurrency.run import Progress
 from dspylite.errors import EvaluationError, InputFieldError, nearest
 from dspylite.programs.base import Module
@@ -27,6 +26,7 @@ from dspylite.programs.evaluation.scoring import Metric, Scoring, as_number, met
 from dspylite.programs.evaluation.table import show_table
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
+from dspylite.runtime.progress import can_draw
 from dspylite.runtime.settings import settings
 from dspylite.schema.messages import Usage
 from dspylite.schema.records import Example, Prediction

@@ -1,6 +1,6 @@
 """The progress bar of a batch, drawn by rich on stderr. The only file that imports it.
 
-Not here: when a batch reports progress (`concurrency/run.py`).
+Not here: when progress is reported (`concurrency/run.py`, `models/embedding/run.py`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ class _RichBar(Bar):
 
     def update(self, done: int, total: int | None, errors: int) -> None:
         """Draw the state after an item."""
-        del total
         label = f"batch ({errors} failed)" if errors else "batch"
-        self._progress.update(self._task, completed=done, description=label)
+        self._progress.update(self._task, completed=done, total=total, description=label)
 
     def __enter__(self) -> Self:
         self._progress.start()
