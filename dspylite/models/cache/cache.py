@@ -315,9 +315,9 @@ class Cache:
     ) -> None:
         """Keep values; the same as `write` for each, and quicker.
 
-        The disk gets them soon. Where more wait to be written than may, 64 MB, this waits 0.25 s
-        at most, all in all, and what then finds no place is not kept on disk: a coroutine leaves
-        it to a thread.
+        The disk gets them soon. Where more wait to be written than may, 64 MB, this waits until
+        they are fewer, so that a coroutine leaves it to a thread; but no longer than 0.25 s for the
+        next 200, and after that not at all. What finds no place is not kept on disk, and is told.
 
         Args:
             values: What is to be kept, by key.
@@ -327,7 +327,7 @@ class Cache:
         Raises:
             TypeError: A value has no form in JSON; some of the others are kept.
         """
-        patience_s = LONGEST_WAIT_S
+        is_taken = True
         in_memory = in_memory and self.enable_memory_cache
         for some in _pieces(list(values)):
             rows: list[tuple[str, bytes]] = []
@@ -343,7 +343,7 @@ class Cache:
                     entries.append((key, kept, max(len(row), held_bytes(value))))
             self.memory_cache.put_many(entries)
             if self.disk_cache is not None:
-                patience_s = self.disk_cache.put_many(rows, patience_s)
+                is_taken = self.disk_cache.put_many(rows, LONGEST_WAIT_S if is_taken else 0.0)
 
     def drop(self, key: str) -> None:
         """Forget what is kept under a key."""

@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -52,6 +53,15 @@ _SETTINGS: Mapping[str, Any] = {
 }
 """All of diskcache's settings: those that are not given are taken from the file, which is not to be
 believed."""
+_PUT = """
+INSERT INTO Cache(key, raw, store_time, access_time, access_count, size, mode, value)
+VALUES (?, 1, ?, ?, 0, 0, 1, ?)
+ON CONFLICT(key, raw) DO UPDATE SET store_time = excluded.store_time, expire_time = NULL,
+access_time = excluded.access_time, access_count = 0, tag = NULL, size = 0, mode = 1,
+filename = NULL, value = excluded.value
+"""
+"""What diskcache does to set a row of bytes, and to put one in the place of another. Mode 1 is its
+`MODE_RAW`; what such a row takes is counted by pages, and not by its size."""
 _COUNTERS = {"count", "size", "size_limit", "hits", "misses"}
 
 
@@ -140,8 +150,12 @@ class DiskTable:
         try:
             with faults(inode):
                 with opened.transact():
-                    for key, row in rows:
-                        opened.set(key, row)
+                    now = time.time()
+                    # diskcache's own `set` takes thrice as long, of the GIL too.
+                    # It is the connection of whichever thread this is.
+                    opened._con.executemany(  # noqa: SLF001
+                        _PUT, ((key, now, now, memoryview(row)) for key, row in rows)
+                    )
                 opened.cull()
         except UnavailableError:
             self._close_writer()

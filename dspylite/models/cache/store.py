@@ -6,15 +6,12 @@ wrong with the disk is a miss, one warning and a count. Not here: the database i
 
 from __future__ import annotations
 
-import atexit
 import functools
 import itertools
 import logging
-import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -28,6 +25,7 @@ from dspylite.models.cache.contract import (
     UnavailableError,
     database_in,
 )
+from dspylite.models.cache.exits import MOST_AT_EXIT_S, close_at_exit, note
 from dspylite.models.cache.rows import BadRowError
 from dspylite.models.cache.salt import make_salt, read_salt
 from dspylite.runtime.forks import hold_forks, watch_forks
@@ -47,9 +45,7 @@ FORK_WAIT_S = 2.0
 """How long a fork waits for those who read or write. Sixteen busy threads hold up the one that
 writes for longer than `LONGEST_WAIT_S`; a child of a fork that did not wait has no disk."""
 AT_EXIT_S = 2.0
-"""How long the end of the process waits for the next rows to be written ..."""
-MOST_AT_EXIT_S = 10.0
-"""... and how long for all of them; guessed, after what a person waits for a program that ended."""
+"""How long the end of the process waits for the next rows to be written."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.25
 """How long the writing thread waits after it met another process's lock; short beside `AT_EXIT_S`,
 or many processes that end at once would not all be heard."""
@@ -84,7 +80,7 @@ class DiskStore:
         self._is_lost = False
         self._opened: CacheStore | None = None
         self._start_afresh()
-        _STORES.add(self)
+        note(self)
         watch_forks(self)
         hold_forks(self)
 
@@ -200,29 +196,27 @@ class DiskStore:
         """Have a row written soon; nobody waits for it."""
         self.put_many([(key, row)], 0.0)
 
-    def put_many(self, rows: Iterable[tuple[str, bytes]], patience_s: float) -> float:
+    def put_many(self, rows: Iterable[tuple[str, bytes]], patience_s: float) -> bool:
         """Have rows written soon; nobody waits for that, but for a place among those that wait.
 
         Args:
             rows: Keys and rows.
-            patience_s: How long to wait for places, in seconds.
+            patience_s: How long to wait for places, in seconds, all in all.
 
         Returns:
-            What is left of the patience.
+            Whether there was a place for each.
         """
         if self._is_lost:
             self._warn(
                 "lost", "the process was forked in the midst of its use; it is not used here"
             )
-            return patience_s
+            return False
         if self._is_out_of_use:
-            return patience_s
-        dropped = 0
+            return False
+        dropped, until = 0, time.monotonic() + patience_s
         with self._changed:
             for key, row in rows:
-                if not self._has_place(row) and patience_s > 0:
-                    patience_s = self._wait_for_place(row, patience_s)
-                if self._has_place(row):
+                if self._has_place(row) or self._gets_place(row, until):
                     self._unwanted.discard(key)
                     self._queued_bytes += len(row) - len(self._rows.get(key, b""))
                     self._rows[key] = row
@@ -232,16 +226,15 @@ class DiskStore:
         if dropped:
             self._count("dropped_writes", dropped)
             self._warn("full", "more answers wait to be written than may; the next are not kept")
-        return patience_s
+        return not dropped
 
     def _has_place(self, row: bytes) -> bool:
         return self._queued_bytes + len(row) <= MOST_QUEUED_BYTES
 
-    def _wait_for_place(self, row: bytes, patience_s: float) -> float:
-        """Wait until the thread has written something; return what is left of the patience."""
-        until = time.monotonic() + patience_s
-        self._changed.wait_for(lambda: self._has_place(row), patience_s)
-        return max(0.0, until - time.monotonic())
+    def _gets_place(self, row: bytes, until: float) -> bool:
+        """Wait until the thread has written enough; `_changed` must be held, and is let go."""
+        left_s = until - time.monotonic()
+        return left_s > 0 and self._changed.wait_for(lambda: self._has_place(row), left_s)
 
     def delete(self, key: str) -> None:
         """Have a row removed soon; it is not given any more."""
@@ -502,28 +495,3 @@ def _load_table() -> Callable[[Path, int], CacheStore]:
     from dspylite.models.cache.disk import DiskTable  # noqa: PLC0415
 
     return DiskTable
-
-
-_STORES: weakref.WeakSet[DiskStore] = weakref.WeakSet()
-_closes_in: list[int] = []  # processes whose end is prepared
-
-
-def close_at_exit() -> None:
-    """Have the end of this process wait a little for rows still to be written, and close files.
-
-    sqlite's log goes with the last process that closes the file; others need not read it first.
-    """
-    if os.getpid() in _closes_in:
-        return
-    _closes_in.append(os.getpid())
-    atexit.register(_close_all)
-    # Children of multiprocessing end without `atexit`.
-    helper = sys.modules.get("multiprocessing.util")
-    if helper is not None:
-        helper.Finalize(None, _close_all, exitpriority=10)
-
-
-def _close_all() -> None:
-    deadline = time.monotonic() + MOST_AT_EXIT_S
-    for store in list(_STORES):
-        store.close(max(0.0, deadline - time.monotonic()))
