@@ -65,8 +65,8 @@ class Tokenizer(Protocol):
         """Return where each token ends, as an offset in characters.
 
         The offsets never go down, and the last one is the length of the text. `text[: ends[n - 1]]`
-        has no more than n tokens: of a character made of several tokens only the last one ends
-        behind it.
+        has n tokens or fewer, for of a character made of several tokens only the last one ends
+        behind it; one more where the cut makes two of a token.
         """
         ...
 
