@@ -76,8 +76,8 @@ texts = st.lists(
     st.text(st.characters(exclude_categories=()), max_size=12)
     | st.sampled_from(
         (
-            "One sentence. |Really?! |no end |\n\n|    |。|「本当。」|人工智能|\r\n|👩‍👩‍👧|🇩🇪🇯🇵|e\u0301\u0301|👍🏽|"
-            "\ud83d\ude00|Autobahngeschwindigkeit|각"
+            "One sentence. |Really?! |no end |\n\n|    |。|「本当。」|人工智能|\r\n|"
+            "👩‍👩‍👧|🇩🇪🇯🇵|e\u0301\u0301|👍🏽|\ud83d\ude00|Autobahngeschwindigkeit|각"
         ).split("|")
     ),
     max_size=30,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import struct
+import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspylite import EmbeddingMatrix, EmbeddingShapeError, EmbeddingValueError
+from dspylite.models import matrix
+from dspylite.models.matrix import read_vector
 
 ROWS = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
 
@@ -197,6 +201,110 @@ def test_numbers_that_are_no_rows_are_refused() -> None:
         EmbeddingMatrix(array("f", range(8)), 0)
     with pytest.raises(EmbeddingShapeError, match="not rows of -2"):
         EmbeddingMatrix(array("f", range(8)), -2)
+
+
+FORMS: dict[str, Callable[[list[list[float]]], Any]] = {
+    "lists": lambda rows: rows,
+    "arrays": lambda rows: [array("f", row) for row in rows],
+    "memoryviews": lambda rows: [memoryview(array("f", row)) for row in rows],
+    "doubles": lambda rows: [array("d", row) for row in rows],
+    "rows of numpy": lambda rows: [np.array(row, dtype=np.float32) for row in rows],
+    "other steps": lambda rows: [
+        np.repeat(np.array(row, dtype=np.float32), 2)[::2] for row in rows
+    ],
+    "other order of bytes": lambda rows: [np.array(row, dtype=">f4") for row in rows],
+    "float64 of numpy": lambda rows: np.array(rows),
+    "float32 of numpy": lambda rows: np.array(rows, dtype=np.float32),
+    "columns first": lambda rows: np.asfortranarray(rows, dtype=np.float32),
+    "read only": lambda rows: [memoryview(array("f", row)).toreadonly() for row in rows],
+    "one after the other": iter,
+}
+
+by_form = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+
+
+@by_form
+@given(tables)
+def test_every_form_of_rows_gives_the_same_block_in_memory_of_its_own(
+    form: Callable[[list[list[float]]], Any], rows: list[list[float]]
+) -> None:
+    """What is float32 already is taken as bytes, and so must be taken right."""
+    given_rows = form(rows)
+    made = EmbeddingMatrix.from_rows(given_rows)
+    assert made == EmbeddingMatrix.from_rows(rows)
+    if isinstance(given_rows, np.ndarray):
+        assert not np.shares_memory(np.asarray(made), given_rows)
+    np.asarray(made)[0, 0] = 7  # it can be changed, too
+    assert made[0][0] == 7
+
+
+@by_form
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf], ids=repr)
+def test_value_that_is_not_finite_is_found_in_every_form(
+    form: Callable[[list[list[float]]], Any], bad: float
+) -> None:
+    """Wherever it stands; the row is named."""
+    for place in range(3):
+        row = [3.0, 4.0, 5.0]
+        row[place] = bad
+        with pytest.raises(EmbeddingValueError, match="text 1 holds NaN or infinity") as caught:
+            EmbeddingMatrix.from_rows(form([[1.0, 2.0, 3.0], row]))
+        assert caught.value.index == 1
+
+
+@by_form
+def test_numbers_up_to_the_end_of_float32_are_taken(
+    form: Callable[[list[list[float]]], Any],
+) -> None:
+    """The quick look at the high bytes must not refuse what is large and finite."""
+    largest = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
+    rows = [[largest, -largest], [1.8e38, -1e-45]]
+    assert EmbeddingMatrix.from_rows(form(rows)) == EmbeddingMatrix.from_rows(rows)
+
+
+def test_rows_in_one_buffer_that_changes_are_copied_one_by_one() -> None:
+    """A generator may fill the same array again and again."""
+    buffer = array("f", [0, 0])
+
+    def rows() -> Iterator[array[float]]:
+        for number in range(3):
+            buffer[0] = number
+            yield buffer
+
+    assert EmbeddingMatrix.from_rows(rows()).tolist() == [[0, 0], [1, 0], [2, 0]]
+    vector = read_vector(buffer, 0)
+    buffer[0] = 9
+    assert vector.tolist() == [2, 0]
+
+
+def test_hidden_values_of_a_masked_array_are_not_taken() -> None:
+    """Its memory holds a number where it shows none."""
+    masked = np.ma.masked_array([1, 2], mask=[False, True], dtype=np.float32)
+    with pytest.raises(EmbeddingValueError, match="text 0"):
+        EmbeddingMatrix.from_rows([masked])
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_high_byte_is_looked_for_where_the_machine_has_it(order: str) -> None:
+    """0x7f as the lowest byte of a number means nothing."""
+    high = slice(3 if order == "little" else 0, None, 4)
+    raw = array("f", [math.inf])
+    if order != sys.byteorder:
+        raw.byteswap()
+    assert raw.tobytes()[high] == b"\x7f"
+    assert (high == matrix._HIGH_BYTES) == (order == sys.byteorder)
+
+
+@pytest.mark.parametrize("rows", [np.zeros((2, 0), "f"), np.zeros((2, 0)), [array("f")]], ids=repr)
+def test_rows_without_numbers_are_refused(rows: Any) -> None:
+    """In one block or one by one."""
+    with pytest.raises(EmbeddingShapeError, match="text 0 is empty"):
+        EmbeddingMatrix.from_rows(rows)
+
+
+def test_block_of_no_rows_is_a_block_of_none() -> None:
+    """As no list of rows is."""
+    assert EmbeddingMatrix.from_rows(np.zeros((0, 5), "f")).shape == (0, 0)
 
 
 def test_rows_may_be_arrays() -> None:

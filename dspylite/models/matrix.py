@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, SupportsFloat, SupportsIndex, cast, overload
@@ -52,20 +53,24 @@ class EmbeddingMatrix:
             EmbeddingShapeError: A row has another length than the first.
             EmbeddingValueError: A value is null, NaN, infinite or no number.
         """
-        values = array("f")
-        dim = -1
+        whole = _float32_view(rows, dims=2)
+        if whole is not None and whole.shape and all(whole.shape):
+            values = bytearray(whole)
+            if _is_finite(values):  # and else look for the row
+                return cls(memoryview(values).cast("f"), whole.shape[1])
+        values, dim = bytearray(), -1
         for index, row in enumerate(rows):
-            vector = read_vector(row, index)
+            raw = _read(row, index)
             if dim < 0:
-                dim = len(vector)
-            elif len(vector) != dim:
+                dim = len(raw) // 4
+            elif len(raw) != 4 * dim:
                 raise EmbeddingShapeError(
-                    f"The vector of text {index} has {len(vector)} dimensions, "
+                    f"The vector of text {index} has {len(raw) // 4} dimensions, "
                     f"the first has {dim}.",
                     index=index,
                 )
-            values.extend(vector)
-        return cls(values, max(dim, 0))
+            values += raw
+        return cls(memoryview(values).cast("f"), max(dim, 0))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,28 +166,61 @@ def read_vector(row: Any, index: int) -> array[float]:
     """Read one vector of numbers as float32, checking each value.
 
     Args:
-        row: A sequence of numbers, or anything with `tolist()`.
+        row: A sequence of numbers, or anything with `tolist()`. What is float32 already, as an
+            `array("f")`, a memoryview or an array of numpy, is copied as it is.
         index: Place of its text in the input, for the error.
 
     Raises:
         EmbeddingValueError: A value is null, NaN, infinite or no number.
         EmbeddingShapeError: It is no sequence, or empty.
     """
-    if callable(tolist := getattr(row, "tolist", None)):
-        row = tolist()
-    if isinstance(row, str | bytes | Mapping | Set) or not isinstance(row, Iterable):
-        raise EmbeddingShapeError(
-            f"The vector of text {index} is not a list of numbers: {row!r:.100}.", index=index
-        )
-    try:
-        vector = array("f", row)
-    except (TypeError, OverflowError) as error:
-        raise EmbeddingValueError(
-            f"The vector of text {index} holds something that is not a float32 number: {error}.",
-            index=index,
-        ) from None
-    if not vector:
+    return array("f", _read(row, index))
+
+
+def _read(row: Any, index: int) -> bytes:
+    """Return the float32 bytes of a vector."""
+    if (view := _float32_view(row, dims=1)) is not None:
+        raw = view.tobytes()
+    else:
+        if callable(tolist := getattr(row, "tolist", None)):
+            row = tolist()
+        if isinstance(row, str | bytes | Mapping | Set) or not isinstance(row, Iterable):
+            raise EmbeddingShapeError(
+                f"The vector of text {index} is not a list of numbers: {row!r:.100}.", index=index
+            )
+        try:
+            raw = array("f", row).tobytes()
+        except (TypeError, OverflowError) as error:
+            raise EmbeddingValueError(
+                f"The vector of text {index} holds something that is not a float32 number: "
+                f"{error}.",
+                index=index,
+            ) from None
+    if not raw:
         raise EmbeddingShapeError(f"The vector of text {index} is empty.", index=index)
-    if not math.isfinite(math.fsum(map(abs, vector))):  # NaN and infinity survive the sum
+    if not _is_finite(raw):
         raise EmbeddingValueError(f"The vector of text {index} holds NaN or infinity.", index=index)
-    return vector
+    return raw
+
+
+def _float32_view(numbers: Any, *, dims: int) -> memoryview[Any] | None:
+    """Return the memory of what is float32 already; None where values must be looked at."""
+    kind = type(numbers)  # not of a subclass: one of numpy's hides values behind a mask
+    if kind not in {array, memoryview} and (kind.__module__, kind.__name__) != ("numpy", "ndarray"):
+        return None
+    try:
+        view = memoryview(numbers)
+    except (BufferError, ValueError):  # a type of numpy's that no buffer can have
+        return None
+    return view if view.format == "f" and view.ndim == dims and view.c_contiguous else None
+
+
+_HIGH_BYTES = slice(3 if sys.byteorder == "little" else 0, None, 4)
+
+
+def _is_finite(raw: bytes | bytearray) -> bool:
+    """Tell whether float32 bytes hold neither NaN nor infinity."""
+    high = raw[_HIGH_BYTES]
+    if 0x7F not in high and 0xFF not in high:  # sign and exponent: nothing above 1.7e38
+        return True
+    return math.isfinite(math.fsum(map(abs, memoryview(raw).cast("f"))))
