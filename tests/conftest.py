@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # The tests of the cache ask for it; no other must be answered by what an earlier one asked. Before
@@ -20,6 +21,10 @@ from dspylite.models.cache.cache import Cache
 from dspylite.models.cache.configure import current_cache, use_cache
 from dspylite.models.endpoints import forget_endpoints
 from dspylite.testing import FakeServer
+
+# A machine with other things to do is no failure of a test.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # A shell ignores SIGINT for what it runs in the background, and all children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

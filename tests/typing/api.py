@@ -383,6 +383,11 @@ async def embedding() -> None:
     assert_type(vectors.tolist(), list[list[float]])
     assert_type(vectors.dot(vectors[0]), list[float])
     assert_type(await embedder.aembed(("a", "b")), dspy.EmbeddingMatrix)
+    assert_type(await embedder.aembed(["a"], query=True, progress=True), dspy.EmbeddingMatrix)
+    assert_type(embedder.split("a text", max_tokens=100, overlap=10), list[str])
+    assert_type(embedder.copy(api_key="another"), dspy.Embedder)
+    dspy.Embedder("openai/m", max_tokens=512, overflow="pool", tokenizer=lambda text: [len(text)])
+    dspy.Embedder("openai/m", overflow="cut")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     dspy.EmbeddingMatrix(array("f", [0.0, 1.0]), 2)
     dspy.EmbeddingMatrix.from_rows([[0.0, 1.0], (1, 0)])
     dspy.Embedder(embed_texts)
