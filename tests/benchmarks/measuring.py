@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.benchmarks.rows import Row
-from tests.benchmarks.server import ROOT, running
+from tests.benchmarks.server import EMBEDDING_SERVER, ROOT, running
 
 _LONGEST_S = 120.0
 """After which a child is given up; the slowest today takes about 20 s."""
@@ -96,7 +96,8 @@ def _once(
     filled = [word.format(seconds=pace.seconds, gathered=pace.gathered) for word in row.arguments]
     if row.latency_ms is None:
         return _child([row.function, peer, *filled], folder)
-    with running(server, row.latency_ms) as port:
+    command = EMBEDDING_SERVER if row.serves == "embeddings" else server
+    with running(command, row.latency_ms) as port:
         return _child([row.function, peer, str(port), *filled], folder)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 TITLES = {
     "dspylite": "dspylite",
     "dspylite-litellm": "dspylite, engine litellm",
+    "dspylite-cache": "dspylite, cache on",
     "dspy": "DSPy",
     "dspy-litellm": "DSPy, engine litellm",
     "litellm": "litellm",
@@ -64,6 +65,8 @@ class Row:
     """`{seconds}` and `{gathered}` stand for what the pace of the run says."""
     latency_ms: float | None = None
     """How long the server waits before it answers; None for work without a server."""
+    serves: Literal["chat", "embeddings"] = "chat"
+    """Which of the local servers it needs."""
     heavy: bool = False
     """Whether a round takes so long that fewer of them must do."""
     warm_up: bool = False
@@ -123,6 +126,27 @@ def _hits(level: str) -> Row:
         peers=("dspylite", "dspy"),
         columns=(_CPU, _WALL),
         goals=(Goal(limit=0.35, than="dspy"),),
+    )
+
+
+def _embeddings(latency_ms: int, than_dspy: float) -> Row:
+    return Row(
+        name=f"embed-{latency_ms}",
+        title=f"10,000 texts x 1,536 dimensions in batches of 200, {latency_ms} ms server latency",
+        function="embedding:embed",
+        arguments=("10000",),
+        latency_ms=latency_ms,
+        serves="embeddings",
+        heavy=True,
+        peers=tuple("dspylite dspylite-cache dspylite-litellm dspy litellm openai aiohttp".split()),
+        columns=(
+            Column(key="per_s", title="texts/s", unit="per second"),
+            Column(key="cpu_s", title="CPU per text", unit="seconds"),
+        ),
+        goals=(
+            Goal(limit=than_dspy, relation=">=", key="per_s", than="dspy"),
+            Goal(limit=0.6, relation=">=", key="per_s", than="aiohttp"),
+        ),
     )
 
 
@@ -248,6 +272,8 @@ ROWS = (
         columns=(_CPU, _WALL),
         goals=(Goal(limit=1.1, than="anyio"),),
     ),
+    _embeddings(0, 25),
+    _embeddings(50, 30),
     _serving("sync", "dspylite dspy dspy-litellm urllib3 http.client", "http.client"),
     _serving("async", "dspylite dspy dspy-litellm aiohttp", "aiohttp"),
     _serving("asyncify", "dspylite dspy", None),

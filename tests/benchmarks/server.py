@@ -1,6 +1,7 @@
 """Starting and stopping the local server, and measuring how fast it is by itself.
 
-Not here: what it answers (`server.c`, and `slow_server.py` where there is no C compiler).
+Not here: what it answers (`server.c`, and `slow_server.py` where there is no C compiler; for
+embeddings `embedding_server.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("server.c")
 ROOT = _SOURCE.parent.parent.parent
+EMBEDDING_SERVER = [sys.executable, "-m", "tests.benchmarks.embedding_server"]
 
 
 def server_command(folder: Path) -> list[str]:
