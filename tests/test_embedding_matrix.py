@@ -19,7 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspylite import EmbeddingMatrix, EmbeddingShapeError, EmbeddingValueError
+from dspylite import (
+    EmbeddingMatrix,
+    EmbeddingShapeError,
+    EmbeddingValueError,
+    LMConfigurationError,
+)
 from dspylite.models import matrix
 from dspylite.models.matrix import read_vector
 
@@ -98,6 +103,91 @@ def test_dot_with_another_dimension_is_refused(block: EmbeddingMatrix) -> None:
         block.dot([1.0, 2.0, 3.0])
 
 
+def test_normalized_rows_have_length_one_and_zeros_stay() -> None:
+    """In memory of their own: the block itself is not changed."""
+    block = EmbeddingMatrix.from_rows([[3, 4], [0, 0], [0, -5]])
+    unit = block.normalized()
+    assert unit.tolist() == [pytest.approx([0.6, 0.8]), [0, 0], [0, -1]]
+    assert block.tolist() == [[3, 4], [0, 0], [0, -5]]
+    assert not np.shares_memory(np.asarray(unit), np.asarray(block))
+    np.asarray(unit)[0, 0] = 9
+    assert unit[0][0] == 9
+
+
+QUERIES: dict[str, Callable[[list[float]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "array": lambda query: array("f", query),
+    "numpy": lambda query: np.array(query, dtype=np.float32),
+    "float64": np.array,
+    "row": lambda query: EmbeddingMatrix.from_rows([query])[0],
+}
+
+
+@pytest.mark.parametrize("form", QUERIES.values(), ids=list(QUERIES))
+def test_rows_most_like_a_vector_come_first(form: Callable[[list[float]], Any]) -> None:
+    """Whatever their lengths; of twins the first is first."""
+    block = EmbeddingMatrix.from_rows([[0, 2], [5, 0], [0, 0], [-1, 0], [9, 0], [1, 1]])
+    query = form([0.5, 0.0])
+    assert block.cosine(query) == pytest.approx([0, 1, 0, -1, 1, math.sqrt(0.5)])
+    assert block.top_k(query, 3) == [(1, 1.0), (4, 1.0), (5, pytest.approx(math.sqrt(0.5)))]
+    assert [row for row, _ in block.top_k(query, 99)] == [1, 4, 5, 0, 2, 3]
+
+
+def test_vector_of_zeros_is_like_nothing(block: EmbeddingMatrix) -> None:
+    """No direction, no cosine; and no division by zero."""
+    assert block.cosine([0, 0]) == [0, 0, 0, 0]
+    assert block.top_k([0, 0], 2) == [(0, 0.0), (1, 0.0)]
+
+
+def test_slice_and_read_only_block_are_searched(block: EmbeddingMatrix) -> None:
+    """They share the memory of the whole."""
+    assert [row for row, _ in block[1:3].top_k([0, 1], 9)] == [0, 1]
+    assert block.toreadonly().cosine(block[2])[2] == 1.0
+    assert block.toreadonly().normalized() == block.normalized()
+
+
+def test_nothing_is_found_among_no_rows() -> None:
+    """An empty corpus is no error, whatever the vector."""
+    empty = EmbeddingMatrix.from_rows([])
+    assert (empty.top_k([1, 2], 3), empty.cosine([1]), empty.normalized()) == ([], [], empty)
+    assert empty.dot([]) == []
+    assert empty.copy() == empty
+
+
+@pytest.mark.parametrize("ask", ["dot", "cosine", "top_k"])
+@pytest.mark.parametrize("vector", [[1.0], [1.0, 2.0, 3.0]], ids=len)
+def test_vector_of_another_dimension_is_refused(
+    block: EmbeddingMatrix, ask: str, vector: list[float]
+) -> None:
+    """Vectors of two models must not be compared."""
+    with pytest.raises(EmbeddingShapeError, match="dimensions does not match rows of 2"):
+        getattr(block, ask)(vector, *([1] if ask == "top_k" else []))
+
+
+@pytest.mark.parametrize("ask", ["cosine", "top_k"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "1"], ids=repr)
+def test_query_that_is_no_number_is_refused(block: EmbeddingMatrix, ask: str, bad: Any) -> None:
+    """Compared with NaN nothing is larger, so that any rows would be the best."""
+    with pytest.raises(EmbeddingValueError, match="The vector holds") as caught:
+        getattr(block, ask)([1.0, bad], *([1] if ask == "top_k" else []))
+    assert caught.value.index is None
+
+
+@pytest.mark.parametrize("bad", ["12", None, 5, {1.0, 2.0}], ids=repr)
+def test_query_that_is_no_vector_is_refused(block: EmbeddingMatrix, bad: Any) -> None:
+    """A text must be embedded first."""
+    with pytest.raises(EmbeddingShapeError, match="The vector is not a list of numbers"):
+        block.top_k(bad, 1)
+
+
+@pytest.mark.parametrize("k", [0, -1, True, 1.5, "2", None], ids=repr)
+def test_count_of_rows_that_is_none_is_refused(block: EmbeddingMatrix, k: Any) -> None:
+    """It is an error of the caller, not an empty answer."""
+    with pytest.raises(LMConfigurationError, match="`k` must be a whole number from 1"):
+        block.top_k([1, 2], k)
+
+
 # --- Memory ------------------------------------------------------------------------------------
 
 
@@ -123,6 +213,14 @@ def test_numpy_keeps_the_memory_alive() -> None:
     """The array must not read freed memory when the block is gone."""
     matrix = np.asarray(EmbeddingMatrix.from_rows(ROWS))
     assert matrix.tolist() == ROWS
+
+
+def test_copy_has_memory_of_its_own_and_can_be_changed(block: EmbeddingMatrix) -> None:
+    """A cached block is read only; whoever wants to change it takes a copy."""
+    twin = block.toreadonly()[1:].copy()
+    np.asarray(twin)[0, 0] = 99
+    assert twin.tolist() == [[99, 4], [5, 6], [7, 8]]
+    assert block.tolist() == ROWS
 
 
 def test_empty_block_is_an_empty_array() -> None:

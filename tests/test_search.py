@@ -12,7 +12,7 @@ import random
 import sys
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from typing import Any
 from unittest import mock
@@ -23,8 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspylite import EmbeddingMatrix
+from dspylite.models.matrix import block_of
 from dspylite.models.numpy_door import load_numpy
-from dspylite.models.retrieval.search import Rows, _dot, _lengths, normalized
+from dspylite.models.retrieval.search import Rows
+from dspylite.models.vectors import cosine_candidates, dot, dot_candidates, lengths
 
 Hits = list[tuple[int, float]]
 
@@ -81,12 +83,61 @@ def test_both_ways_give_what_a_plain_loop_gives(case: Any) -> None:
 def test_rows_become_the_same_unit_vectors_both_ways(case: Any) -> None:
     """A saved directory does not depend on what was installed."""
     rows, _, _ = case
-    made = normalized(EmbeddingMatrix.from_rows(rows))
+    made = EmbeddingMatrix.from_rows(rows).normalized()
     with without_numpy():
-        assert normalized(EmbeddingMatrix.from_rows(rows)) == made
+        assert EmbeddingMatrix.from_rows(rows).normalized() == made
     for row, unit in zip(rows, made.tolist(), strict=True):
         length = math.hypot(*array("f", row))
         assert math.hypot(*unit) == pytest.approx(1.0 if length > 1e-10 else length * 1e10)
+
+
+def naive_cosines(rows: list[list[float]], query: list[float]) -> list[float]:
+    scores = []
+    for row in rows:
+        product = own = other = 0.0
+        for one, two in zip(array("f", row), array("f", query), strict=True):
+            product, own, other = product + one * two, own + one * one, other + two * two
+        size = math.sqrt(own) * math.sqrt(other)
+        scores.append(max(-1.0, min(1.0, product / size)) if size else 0.0)
+    return scores
+
+
+def best_cosines(rows: list[list[float]], query: list[float], k: int) -> Hits:
+    scores = naive_cosines(rows, query)
+    order = sorted(range(len(rows)), key=lambda index: (-scores[index], index))
+    return [(index, scores[index]) for index in order[:k]]
+
+
+@settings(deadline=None)
+@given(blocks(FEW) | blocks(ANY_FLOAT32) | blocks(FEW | ANY_FLOAT32))
+def test_cosines_are_those_of_a_plain_loop_both_ways(case: Any) -> None:
+    """Rows of zeros, the smallest numbers, whose squares float32 cannot hold, and the largest."""
+    rows, query, k = case
+    matrix = EmbeddingMatrix.from_rows(rows)
+    for numpy in (True, False):
+        with nullcontext() if numpy else without_numpy():
+            assert matrix.cosine(query) == naive_cosines(rows, query)
+            assert matrix.top_k(query, k) == best_cosines(rows, query, k)
+            products = [sum_left(row, array("f", query)) for row in matrix.tolist()]
+            assert matrix.dot(array("f", query)) == products
+
+
+def sum_left(row: list[float], other: Any) -> float:
+    total = 0.0
+    for one, two in zip(row, other, strict=True):
+        total += one * two
+    return total
+
+
+@pytest.mark.parametrize("dim", [3, 384])
+def test_cosines_of_many_rows_with_twins_are_ranked_as_by_a_plain_loop(dim: int) -> None:
+    """The fast pass only leaves out, also where rows differ by their lengths alone."""
+    random_of = random.Random(11)
+    some = [[random_of.gauss(0, 1) for _ in range(dim)] for _ in range(120)]
+    scales = [0.0, 1e-38, 1e-20, 1.0, 2.0, 1e18]
+    rows = [[x * scale for x in random_of.choice(some)] for scale in scales * 60]
+    query = random_of.choice(some)
+    assert EmbeddingMatrix.from_rows(rows).top_k(query, 25) == best_cosines(rows, query, 25)
 
 
 @pytest.mark.parametrize("dim", [3, 384])
@@ -98,8 +149,8 @@ def test_block_of_many_rows_with_twins_is_ranked_as_by_a_plain_loop(dim: int) ->
     query = random_of.choice(some)
     assert found(rows, query, 25) == naive(rows, query, 25)
     block = np.array(rows, dtype=np.float32)
-    alone = [math.sqrt(_dot(row, row)) for row in block.tolist()]
-    assert _lengths(np, block).tolist() == alone
+    alone = [math.sqrt(dot(row, row)) for row in block.tolist()]
+    assert lengths(np, block).tolist() == alone
 
 
 def test_rows_that_float32_products_cannot_tell_apart_are_ranked_exactly() -> None:
@@ -128,13 +179,14 @@ def test_fast_pass_leaves_nearly_all_rows_out() -> None:
     """Otherwise numpy would save little."""
     random_of = random.Random(3)
     rows = [[random_of.gauss(0, 1) for _ in range(64)] for _ in range(400)]
-    searched = Rows(normalized(EmbeddingMatrix.from_rows(rows)))
-    assert len(searched._candidates(np, np.array(rows[0]), 5)) < 10
+    block = block_of(EmbeddingMatrix.from_rows(rows))
+    assert len(dot_candidates(np, block, np.array(rows[0]), 5)) < 10
+    assert len(cosine_candidates(np, block, np.array(rows[0]), 5)) < 10
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda rows: pickle.loads(pickle.dumps(rows))])
 def test_twin_of_searched_rows_finds_the_same(twin_of: Any) -> None:
     """Retrievers cross processes."""
-    rows = Rows(normalized(EmbeddingMatrix.from_rows([[1, 2], [3, 4], [2, 1]])))
+    rows = Rows(EmbeddingMatrix.from_rows([[1, 2], [3, 4], [2, 1]]).normalized())
     before = rows.nearest([1.0, 0.0], 2)
     assert twin_of(rows).nearest([1.0, 0.0], 2) == before

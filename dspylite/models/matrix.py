@@ -1,6 +1,6 @@
 """`EmbeddingMatrix`: n vectors of one dimension as a float32 block, without numpy.
 
-Not here: making them (`models/embedder.py`).
+Not here: making them (`models/embedder.py`), the arithmetic (`models/vectors.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, SupportsFloat, SupportsIndex, cast, overload
 
-from dspylite.errors import EmbeddingShapeError, EmbeddingValueError
+from dspylite.errors import EmbeddingShapeError, EmbeddingValueError, LMConfigurationError
+from dspylite.models.vectors import Block, cosines_of, dots_of, top_cosines, unit_rows
 
 
 class EmbeddingMatrix:
@@ -122,18 +123,82 @@ class EmbeddingMatrix:
         """Return the same block, sharing the memory, through which nothing can be changed."""
         return EmbeddingMatrix(self._values.toreadonly(), self._dim)
 
+    def copy(self) -> EmbeddingMatrix:
+        """Return an equal block with memory of its own, which can be changed."""
+        return EmbeddingMatrix(array("f", self.tobytes()), self._dim)
+
     def dot(self, vector: Sequence[float] | memoryview[Any]) -> list[float]:
         """Return the dot product of each row with a vector: cosine similarity for unit vectors.
 
         Raises:
             EmbeddingShapeError: The vector has another dimension.
         """
+        self._check_dim(vector)
+        return dots_of(
+            block_of(self), vector.tolist() if isinstance(vector, memoryview) else vector
+        )
+
+    def normalized(self) -> EmbeddingMatrix:
+        """Return the rows at length 1, in memory of their own; a row of zeros stays one.
+
+        What is shorter than 1e-10 gets longer by 1e10, as in DSPy.
+        """
+        return EmbeddingMatrix(unit_rows(block_of(self)), self._dim)
+
+    def cosine(self, vector: Iterable[SupportsFloat]) -> list[float]:
+        """Return how alike each row is to a vector, from -1 to 1: the cosine of their angle.
+
+        The lengths do not matter; with a vector of zeros it is 0. The same with and without numpy.
+
+        Args:
+            vector: As many numbers as a row has; taken as float32.
+
+        Raises:
+            EmbeddingShapeError: The vector has another dimension.
+            EmbeddingValueError: The vector holds null, NaN, infinity or no number.
+
+        Example:
+            >>> EmbeddingMatrix.from_rows([[2, 0], [0, 3], [-1, 0]]).cosine([1, 0])
+            [1.0, 0.0, -1.0]
+        """
+        query = self._query(vector)
+        return cosines_of(block_of(self), query) if len(self) else []
+
+    def top_k(self, vector: Iterable[SupportsFloat], k: int) -> list[tuple[int, float]]:
+        """Return (row, cosine) of the `k` rows that are most like a vector, the best first.
+
+        Of rows that are equally alike the lower one is first. The same with and without numpy.
+
+        Args:
+            vector: As many numbers as a row has; taken as float32.
+            k: How many; all rows if there are fewer.
+
+        Raises:
+            EmbeddingShapeError: The vector has another dimension.
+            EmbeddingValueError: The vector holds null, NaN, infinity or no number.
+            LMConfigurationError: `k` is no whole number from 1.
+
+        Example:
+            >>> EmbeddingMatrix.from_rows([[2, 0], [0, 3], [-1, 0], [9, 0]]).top_k([1, 0], 2)
+            [(0, 1.0), (3, 1.0)]
+        """
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise LMConfigurationError(f"`k` must be a whole number from 1, not {k!r:.100}.")
+        query = self._query(vector)
+        return top_cosines(block_of(self), query, k) if len(self) else []
+
+    def _query(self, vector: Iterable[SupportsFloat]) -> list[float]:
+        raw = _read(vector, None)
+        numbers = cast("list[float]", memoryview(raw).cast("f").tolist())
+        if len(self):
+            self._check_dim(numbers)
+        return numbers
+
+    def _check_dim(self, vector: Sequence[float] | memoryview[Any]) -> None:
         if len(vector) != self._dim:
             raise EmbeddingShapeError(
                 f"A vector of {len(vector)} dimensions does not match rows of {self._dim}."
             )
-        other = vector.tolist() if isinstance(vector, memoryview) else list(vector)
-        return [sum(map(operator.mul, row.tolist(), other)) for row in self]
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -154,6 +219,12 @@ class EmbeddingMatrix:
 
     def __repr__(self) -> str:
         return f"EmbeddingMatrix(shape={self.shape})"
+
+
+def block_of(matrix: EmbeddingMatrix) -> Block:
+    """Return the numbers as `models/vectors.py` takes them, sharing the memory."""
+    values = matrix._values  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return Block(values, max(matrix.dim, 1))
 
 
 def _from_bytes(raw: bytes, dim: int) -> EmbeddingMatrix:
@@ -177,8 +248,9 @@ def read_vector(row: Any, index: int) -> array[float]:
     return array("f", _read(row, index))
 
 
-def _read(row: Any, index: int) -> bytes:
-    """Return the float32 bytes of a vector."""
+def _read(row: Any, index: int | None) -> bytes:
+    """Return the float32 bytes of the vector of a text, or of a query."""
+    name = "The vector" if index is None else f"The vector of text {index}"
     if (view := _float32_view(row, dims=1)) is not None:
         raw = view.tobytes()
     else:
@@ -186,20 +258,19 @@ def _read(row: Any, index: int) -> bytes:
             row = tolist()
         if isinstance(row, str | bytes | Mapping | Set) or not isinstance(row, Iterable):
             raise EmbeddingShapeError(
-                f"The vector of text {index} is not a list of numbers: {row!r:.100}.", index=index
+                f"{name} is not a list of numbers: {row!r:.100}.", index=index
             )
         try:
             raw = array("f", row).tobytes()
         except (TypeError, OverflowError) as error:
             raise EmbeddingValueError(
-                f"The vector of text {index} holds something that is not a float32 number: "
-                f"{error}.",
+                f"{name} holds something that is not a float32 number: {error}.",
                 index=index,
             ) from None
     if not raw:
-        raise EmbeddingShapeError(f"The vector of text {index} is empty.", index=index)
+        raise EmbeddingShapeError(f"{name} is empty.", index=index)
     if not _is_finite(raw):
-        raise EmbeddingValueError(f"The vector of text {index} holds NaN or infinity.", index=index)
+        raise EmbeddingValueError(f"{name} holds NaN or infinity.", index=index)
     return raw
 
 
@@ -212,7 +283,7 @@ def _float32_view(numbers: Any, *, dims: int) -> memoryview[Any] | None:
         view = memoryview(numbers)
     except (BufferError, ValueError):  # a type of numpy's that no buffer can have
         return None
-    return view if view.format == "f" and view.ndim == dims and view.c_contiguous else None
+    return view if view.format == "f" and view.ndim == dims else None
 
 
 _HIGH_BYTES = slice(3 if sys.byteorder == "little" else 0, None, 4)

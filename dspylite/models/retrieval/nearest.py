@@ -12,7 +12,7 @@ from dspylite.abc import Io
 from dspylite.errors import EmbeddingShapeError, InputFieldError, LMConfigurationError
 from dspylite.models.embedder import Embedder
 from dspylite.models.matrix import EmbeddingMatrix
-from dspylite.models.retrieval.search import Rows, normalized
+from dspylite.models.retrieval.search import Rows
 
 Vectorizer = Embedder | Callable[[list[str]], Any]
 """An embedder, or a function from a list of texts to one vector per text, sync or async."""
@@ -42,7 +42,7 @@ async def nearest(
         )
 
     def search() -> list[list[tuple[int, float]]]:
-        vectors = normalized(queries) if is_cosine else queries
+        vectors = queries.normalized() if is_cosine else queries
         return [rows.nearest(vector, k) for vector in vectors]
 
     return await io.any(search)

@@ -24,7 +24,7 @@ from dspylite.models.retrieval.nearest import (
     nearest,
 )
 from dspylite.models.retrieval.saved import SavedCorpus, read_corpus, write_corpus
-from dspylite.models.retrieval.search import Rows, normalized
+from dspylite.models.retrieval.search import Rows
 from dspylite.runtime.calls import Observed
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
 from dspylite.runtime.settings import checked_callbacks
@@ -321,7 +321,7 @@ async def _embedded(
     passages = tuple(checked_texts("passage", corpus))
     matrix = await embed_texts(io, embedder, list(passages)) if passages else _EMPTY
     if normalize:
-        matrix = await io.any(normalized, matrix)
+        matrix = await io.any(matrix.normalized)
     return _State(passages, Rows(matrix), embedder, k, bool(normalize))
 
 
