@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspylite import EmbeddingShapeError, EmbeddingValueError, LMConfigurationError
@@ -100,6 +100,7 @@ def places(text: str, chunks: list[Chunk]) -> list[int]:
 
 
 @by_all
+@settings(deadline=None)  # the first text loads a vocabulary
 @given(text=texts, most=st.integers(12, 40))
 def test_chunks_are_the_text_without_blanks_between_them_and_none_is_too_long(
     tokenizer: Tokenizer, text: str, most: int
@@ -113,6 +114,7 @@ def test_chunks_are_the_text_without_blanks_between_them_and_none_is_too_long(
 
 
 @by_all
+@settings(deadline=None)  # the first text loads a vocabulary
 @given(text=texts, most=st.integers(12, 40), data=st.data())
 def test_with_overlap_nothing_is_lost_and_each_chunk_goes_on(
     tokenizer: Tokenizer, text: str, most: int, data: st.DataObject
@@ -134,6 +136,7 @@ def test_with_overlap_nothing_is_lost_and_each_chunk_goes_on(
 
 
 @by_all
+@settings(deadline=None)  # the first text loads a vocabulary
 @given(text=texts, most=st.integers(12, 40))
 def test_text_that_is_cut_off_is_its_longest_beginning_or_nearly(
     tokenizer: Tokenizer, text: str, most: int
@@ -265,6 +268,7 @@ def test_overlap_begins_with_a_sentence_or_a_word(
     assert found == expected
 
 
+@settings(deadline=None)  # the first text loads a vocabulary
 @given(st.integers(2, 30), st.data())
 def test_overlap_is_no_longer_than_was_asked(most: int, data: st.DataObject) -> None:
     """Each token that is repeated is paid twice."""
@@ -325,6 +329,7 @@ def test_megabyte_of_one_thing_is_cut_in_time(tokenizer: Tokenizer, text: str) -
 numbers = st.floats(-100, 100, width=32).filter(lambda number: abs(number) > 1e-3 or number == 0)
 
 
+@settings(deadline=None)  # the first text loads a vocabulary
 @given(
     st.integers(1, 6).flatmap(
         lambda dim: st.lists(

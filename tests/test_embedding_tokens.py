@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors, trainers
 
@@ -134,6 +134,7 @@ def tokenizer(request: pytest.FixtureRequest, folder: Path) -> Tokenizer:
 # --- What all of them keep ---------------------------------------------------------------------
 
 
+@settings(deadline=None)  # the first text loads a vocabulary
 @given(text=texts)
 def test_ends_never_go_down_and_the_last_is_the_end_of_the_text(
     tokenizer: Tokenizer, text: str
@@ -395,6 +396,7 @@ def test_folder_is_no_file(tmp_path: Path) -> None:
 # --- A function, an object ---------------------------------------------------------------------
 
 
+@settings(deadline=None)  # the first text loads a vocabulary
 @given(text=texts, count=st.integers(0, 50))
 def test_function_says_how_many_there_are(text: str, count: int) -> None:
     """Where they end is guessed; that there is none in a text is not believed."""
