@@ -21,9 +21,11 @@ from dspylite.errors import (
     AdapterParseError,
     BatchError,
     BatchInterrupted,
+    BatchShapeError,
     BudgetExceededError,
     CallCancelledError,
     CircuitOpenError,
+    ClosedError,
     ContentFilterError,
     ContextWindowExceededError,
     DeadlineExceededError,
@@ -115,6 +117,7 @@ if typing.TYPE_CHECKING:
     from dspylite.adapters.types.text import Code, Reasoning
     from dspylite.adapters.types.tools import Tool, ToolCallResults, ToolCalls
     from dspylite.adapters.xml import XMLAdapter
+    from dspylite.concurrency.microbatch import MicroBatcher, Unbatchify
     from dspylite.models.embedder import Embedder
     from dspylite.models.matrix import EmbeddingMatrix
     from dspylite.models.retrieval.knn import KNN
@@ -154,6 +157,7 @@ _LATER: dict[str, str] = {
     "adapters.types.text": "Code Reasoning",
     "adapters.types.tools": "Tool ToolCallResults ToolCalls",
     "adapters.xml": "XMLAdapter",
+    "concurrency.microbatch": "MicroBatcher Unbatchify",
     "models.embedder": "Embedder",
     "models.matrix": "EmbeddingMatrix",
     "models.retrieval.knn": "KNN",
@@ -225,6 +229,7 @@ __all__ = [
     "BaseLM",
     "BatchError",
     "BatchInterrupted",
+    "BatchShapeError",
     "BestOfN",
     "BudgetExceededError",
     "Cache",
@@ -235,6 +240,7 @@ __all__ = [
     "ChatAdapter",
     "CircuitBreaker",
     "CircuitOpenError",
+    "ClosedError",
     "CompleteAndGrounded",
     "Citations",
     "Code",
@@ -288,6 +294,7 @@ __all__ = [
     "MetricError",
     "MediaError",
     "MediaFetchError",
+    "MicroBatcher",
     "MissingExtraError",
     "Module",
     "ModuleError",
@@ -324,6 +331,7 @@ __all__ = [
     "TruncatedError",
     "TwoStepAdapter",
     "Type",
+    "Unbatchify",
     "Usage",
     "UsageTracker",
     "XMLAdapter",

@@ -18,6 +18,8 @@ a foreign exception into one of these; that is done at the border that meets the
     ├── AdapterParseError              also a ValueError
     │   └── TruncatedError
     ├── BatchError
+    ├── BatchShapeError                also a ValueError
+    ├── ClosedError                    also a RuntimeError
     ├── ItemSkippedError
     ├── ItemTimeoutError               also a TimeoutError
     ├── CallCancelledError
@@ -331,6 +333,26 @@ class BatchError(DSPyError):
     def http_message(self) -> str:
         """One sentence for the caller of a web service."""
         return "A part of the request failed."
+
+
+class BatchShapeError(DSPyError, ValueError):
+    """A batch function did not return one result for each item, so nobody knows whose is whose.
+
+    Attributes:
+        expected: How many items it was given.
+        returned: How many results it returned; None where what it returned is no list of results.
+    """
+
+    def __init__(self, message: str, *, expected: int, returned: int | None = None) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.returned = returned
+
+
+class ClosedError(DSPyError, RuntimeError):
+    """What was called has been closed, and takes nothing more."""
+
+    http_status = 503
 
 
 class ItemSkippedError(DSPyError):

@@ -135,6 +135,7 @@ utils.callback.ACTIVE_CALL_ID.get()
 utils.callback.BaseCallback()
 utils.callback.with_callbacks(fn)
 utils.inspect_history.pretty_print_history(history, n=0, file=0)
+utils.unbatchify.Unbatchify(batch_fn, max_batch_size=0, max_wait_time=0)
 utils.parallelizer.ParallelExecutor(num_threads=0, max_errors=0, disable_progress_bar=0, provide_traceback=0, compare_results=0, timeout=0, straggler_limit=0)
 utils.usage_tracker.UsageTracker()
 """
@@ -233,6 +234,10 @@ MEMBERS: dict[str, tuple[Callable[[], Any], str]] = {
     "ParallelExecutor": (
         lambda: found("utils.parallelizer.ParallelExecutor")(),
         "failed_indices exceptions_map execute",
+    ),
+    "Unbatchify": (
+        lambda: dspy.Unbatchify(list),
+        "batch_fn max_batch_size max_wait_time close __call__ __enter__ __exit__",
     ),
     "Parallel": (dspy.Parallel, "timeout straggler_limit"),
     "Evaluate": (

@@ -137,9 +137,14 @@ def start_thread(work: Callable[[], object], name: str) -> None:
         try:
             work()
         finally:
-            # Missing, or not whole yet where another thread loads it: then this one keeps no loop.
-            loops = sys.modules.get(f"{__package__}.thread_loops")
-            if (end := getattr(loops, "end_thread_loop", None)) is not None:
-                end()
+            end_kept_loop()
 
     threading.Thread(target=run, name=name, daemon=True).start()
+
+
+def end_kept_loop() -> None:
+    """Close the loop that this thread keeps, if it has one; threads of ours do so when they end."""
+    # Missing, or not whole yet where another thread loads it: then this one keeps no loop.
+    loops = sys.modules.get(f"{__package__}.thread_loops")
+    if (end := getattr(loops, "end_thread_loop", None)) is not None:
+        end()

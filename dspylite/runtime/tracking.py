@@ -71,7 +71,7 @@ class UsageTracker:
             self._by_model[model] = self._by_model.get(model, Usage()) + usage
             if isinstance(cost, int | float):
                 self._cost_usd += cost
-            elif usage.calls:
+            elif usage.calls or usage.total_tokens:
                 before, other = self._to_be_priced.get(model, (Usage(), None))
                 self._to_be_priced[model] = (before + usage, cost or other)
         if self._parent is not None:
@@ -133,6 +133,58 @@ class UsageTracker:
     def usage_data(self) -> dict[str, dict[str, int]]:
         """The same as `get_total_tokens()`, under DSPy's other name."""
         return self.get_total_tokens()
+
+
+class SharedTracker(UsageTracker):
+    """Counts calls that are made for several callers at once, and gives each tracker its share.
+
+    Tokens are divided by the number of callers; what remains, and what cannot be divided, such as
+    the number of calls, goes to one of them. So the sum over all is what was spent.
+
+    Args:
+        trackers: That of each caller; None for one that counts nothing, whose share is left out.
+    """
+
+    def __init__(self, trackers: Iterable[UsageTracker | None]) -> None:
+        super().__init__()
+        callers = list(trackers)
+        self._callers = len(callers)
+        counted = Counter(map(id, callers))
+        self._shares = [
+            (tracker, counted[key]) for key, tracker in {id(each): each for each in callers}.items()
+        ]
+
+    def add(self, model: str, usage: Usage, cost: float | Cost | None = None) -> None:
+        """Count one answered call."""
+        super().add(model, usage, cost)
+        start = 0
+        for tracker, count in self._shares:
+            end = start + count
+            if tracker is not None:
+                price = cost * count / self._callers if isinstance(cost, int | float) else cost
+                tracker.add(model, _part_of(usage, start, end, self._callers), price)
+            start = end
+
+    def note(self, model: str, event: Event) -> None:
+        """Count something that happened to a request."""
+        super().note(model, event)
+        tracker, _ = self._shares[-1]
+        if tracker is not None:
+            tracker.note(model, event)
+
+
+def _part_of(usage: Usage, start: int, end: int, whole: int) -> Usage:
+    def cut(count: int) -> int:
+        return count * end // whole - count * start // whole
+
+    return Usage(
+        prompt_tokens=cut(usage.prompt_tokens),
+        completion_tokens=cut(usage.completion_tokens),
+        total_tokens=cut(usage.total_tokens),
+        calls=cut(usage.calls),
+        cached_calls=cut(usage.cached_calls),
+        details={name: cut(count) for name, count in usage.details.items()},
+    )
 
 
 def note_request(model: str, event: Event) -> None:

@@ -732,6 +732,30 @@ def types_of_fields(document: dspy.Document, cited: dspy.Citations, why: dspy.Re
         assert_type(error.status, int | None)
 
 
+# --- Single calls made into batches --------------------------------------------------------------
+
+
+def lengths(texts: list[str]) -> list[int]:
+    return [len(text) for text in texts]
+
+
+async def lengths_later(texts: list[str]) -> tuple[int, ...]:
+    return tuple(lengths(texts))
+
+
+async def micro_batches(embedder: dspy.Embedder) -> None:
+    with dspy.MicroBatcher(lengths, 8, 0.1, max_concurrency=2, max_queue=9) as length:
+        assert_type(length, dspy.MicroBatcher[str, int])
+        assert_type(length("a"), int)
+        length(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async with dspy.Unbatchify(lengths_later) as length:
+        assert_type(await length.acall("a"), int)
+        await length.aclose(drop=True)
+    embed: dspy.MicroBatcher[str, memoryview[float]] = dspy.MicroBatcher(embedder.embed)
+    assert_type(embed("a"), memoryview[float])
+    assert_type(dspy.MicroBatcher(embedder.aembed)("a"), memoryview[float])
+
+
 # --- Streams -------------------------------------------------------------------------------------
 
 
