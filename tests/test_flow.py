@@ -132,6 +132,22 @@ def test_map_raises_the_items_own_error_and_stops(drive: Callable[[Plan], Any]) 
 
 
 @drivers
+def test_map_sees_a_failure_behind_an_item_that_hangs(drive: Callable[[Plan], Any]) -> None:
+    """The first item waits for the end of the others' work; the second one has failed."""
+
+    async def plan(io: Io) -> None:
+        async def one(x: int) -> None:
+            if x:
+                raise KeyError(x)
+            await io.sleep(60)
+
+        await io.map(one, range(2), limit=2)
+
+    with pytest.raises(KeyError):
+        drive(plan)
+
+
+@drivers
 def test_map_of_nothing_is_empty(drive: Callable[[Plan], Any]) -> None:
     """An empty input is an ordinary one."""
 

@@ -1277,13 +1277,14 @@ def test_ten_thousand_texts_from_fifty_producers() -> None:
         batcher.close()
         assert answers([*threads, *loops]) == [None] * PRODUCERS
 
+        answered: Counter[str] = Counter()
         sent: Counter[str] = Counter()
-        status: dict[str, int | None] = {}
         for request in server.requests:
             inputs: Any = request.json["input"]
             assert len(inputs) <= 32
             sent.update(inputs)
-            status.update(dict.fromkeys(inputs, request.status))
+            if request.status == 200:
+                answered.update(inputs)
 
         assert server.in_flight == 0
         assert set(judge.outcomes) == set(texts)
@@ -1293,10 +1294,11 @@ def test_ten_thousand_texts_from_fifty_producers() -> None:
             if not isinstance(outcome, Exception):
                 kinds["answered"] += 1
                 assert outcome.tolist() == list(server.vector(text))
-                assert (sent[text], status[text]) == (1, 200)
+                assert answered[text] == 1
             elif isinstance(outcome, dspy.LMInvalidRequestError):
                 kinds["failed"] += 1
-                assert (sent[text], status[text]) == (1, 400)
+                assert text.startswith("bad")  # the embedder finds it among its neighbours
+                assert (sent[text] > 0, answered[text]) == (True, 0)
             elif isinstance(outcome, ClosedError):
                 kinds["closed"] += 1
                 assert text not in sent
@@ -1304,7 +1306,7 @@ def test_ten_thousand_texts_from_fifty_producers() -> None:
                 assert isinstance(outcome, CallCancelledError), outcome
                 kinds["left"] += 1
                 assert text in leavers
-                assert sent[text] <= 1
+                assert answered[text] <= 1
         assert min(kinds[kind] for kind in ("answered", "failed", "closed", "left")) > 0, kinds
         assert kinds["answered"] > TEXTS // 3
         assert len(server.requests) < TEXTS // 4

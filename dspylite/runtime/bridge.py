@@ -1,4 +1,4 @@
-"""An async function called from sync code, and a sync one that cannot be told to hurry.
+"""An async function called from sync code; sync ones side by side, or for a limited time.
 
 No event loop is ever patched. Not here: a sync function awaited (`runtime/workers.py`), carrying
 the context between threads of one's own (`runtime/threads.py`), and the drivers that use these
@@ -7,8 +7,8 @@ crossings (`runtime/flow.py`).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, InvalidStateError, wait
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -24,6 +24,7 @@ from dspylite.runtime.threads import carried_context
 
 P = ParamSpec("P")
 T = TypeVar("T")
+X = TypeVar("X")
 
 
 def call_async(fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -52,6 +53,50 @@ def call_within(seconds: float, fn: Callable[P, T], /, *args: P.args, **kwargs: 
         TimeoutError: The time is up.
     """
     return _await_helper(partial(fn, *args, **kwargs), max(0.0, seconds))
+
+
+def map_on_threads(fn: Callable[[X], T], items: Sequence[X], width: int) -> list[T]:
+    """Call a sync function for each item, on so many threads, each call in a copy of the context.
+
+    The first failure ends the work: calls under way are told by their flag, and waited for. Nothing
+    is waited for where this thread itself is interrupted; the others are daemons, so what they hang
+    in delays nobody.
+
+    Returns:
+        The results, in the order of the items.
+    """
+    with Cancellation(CANCELLATION.get()) as flag:
+        results: list[Future[T]] = [Future() for _ in items]
+        waiting = iter(zip(results, items, strict=True))  # one step of it is one operation
+        context = carried_context()
+
+        def one(item: X) -> T:
+            flag.check()
+            return context.copy().run(fn, item)
+
+        def work() -> None:
+            for result, item in waiting:
+                deliver(result, partial(one, item))
+
+        try:
+            for place in range(width):
+                try:
+                    start_thread(work, "dspylite-map")
+                except RuntimeError:  # the system has no more threads
+                    if not place:
+                        raise
+                    break
+            wait(results, return_when=FIRST_EXCEPTION)
+            failed = (each for each in results if each.done() and each.exception() is not None)
+            for each in failed:
+                each.result()  # which raises it
+            return [result.result() for result in results]
+        except Exception:
+            flag.cancel("another part of the same call failed")
+            wait(results)
+            raise
+        finally:
+            flag.cancel("nobody waits for it any more")
 
 
 def _await_helper(work: Callable[[], T], seconds: float | None) -> T:

@@ -19,11 +19,11 @@ import anyio
 
 from dspylite.abc import Clock, Dual, Gate, Io, Ticket
 from dspylite.errors import FlowError
-from dspylite.runtime.bridge import call_async, call_within
-from dspylite.runtime.cancellation import CANCELLATION, Cancellation, check_cancelled
+from dspylite.runtime.bridge import call_async, call_within, map_on_threads
+from dspylite.runtime.cancellation import CANCELLATION, check_cancelled
 from dspylite.runtime.clock import CLOCK, deadline_error, time_left
 from dspylite.runtime.loops import poster, standing_still
-from dspylite.runtime.threads import ThreadPoolExecutor, is_async
+from dspylite.runtime.threads import is_async
 from dspylite.runtime.workers import call_in_thread
 
 P = ParamSpec("P")
@@ -87,17 +87,7 @@ class BlockingIo:
         width = min(limit, len(items))
         if width <= 1:
             return [await plan(item) for item in items]
-        with (
-            Cancellation(CANCELLATION.get()) as flag,
-            ThreadPoolExecutor(width, thread_name_prefix="dspylite-map") as pool,
-        ):
-            futures = [pool.submit(_run_plan, plan, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                flag.cancel("another part of the same call failed")
-                raise
+        return map_on_threads(partial(_run_plan, plan), items, width)
 
     def time_left(self) -> float | None:
         """Return the seconds until the deadline of the call in progress; None without one."""
