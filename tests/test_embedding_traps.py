@@ -242,6 +242,20 @@ def test_a_pooled_vector_is_the_mean_by_tokens_of_its_parts() -> None:
     assert block.tolist()[0] == pytest.approx([value / length for value in mean], abs=1e-6)
 
 
+def test_a_long_text_of_blanks_does_not_cost_the_others_their_vectors() -> None:
+    """B 6.5: it has no parts that could be pooled, so as much of it is sent as fits."""
+    with FakeServer(dimensions=FULL) as server:
+        blanks = " \n" * 3_000
+        block = embedder_at(server, max_tokens=20, overflow="pool").embed(["one", blanks])
+        (request,) = server.requests
+        sent = _inputs(request)
+        assert block.tolist() == [list(server.vector(text)) for text in sent]
+    assert sent[0] == "one"
+    assert sent[1]
+    assert blanks.startswith(sent[1])
+    assert len(sent[1]) < 200
+
+
 def words(text: str) -> list[int]:
     """End a token where a word does."""
     ends = [place for place, letter in enumerate(text) if letter == " "]

@@ -65,10 +65,10 @@ class Window:
         tokens = len(self.tokenizer.ends(text))
         if tokens <= room:
             return [Chunk(text, tokens)]
-        if self.overflow == "truncate":
+        if self.overflow == "pool" and (chunks := split_text(text, room, self.tokenizer)):
+            return chunks
+        if self.overflow != "error":  # of nothing but blanks there are no chunks to pool
             return [Chunk(truncate_text(text, room, self.tokenizer), room)]
-        if self.overflow == "pool":
-            return split_text(text, room, self.tokenizer)
         raise ContextWindowExceededError(
             message=f"Text {index} has {tokens} tokens by {self.tokenizer.name}, and `max_tokens` "
             f"leaves room for {room}. Split it, or give `overflow='truncate'` or `'pool'`.",
