@@ -1,6 +1,7 @@
 """The scripts in `examples/`, as users run them, and the standard thread-pool program.
 
-Not here: the web service (`test_fastapi_service.py`).
+Not here: the web service (`test_fastapi_service.py`), the embedding service, which is a package
+(`test_embedding_service.py`).
 """
 
 from __future__ import annotations
@@ -156,8 +157,9 @@ def test_progress_of_the_batch_goes_to_stderr() -> None:
 
 def test_every_example_is_tested() -> None:
     """An example that nobody runs is soon one that does not run."""
-    scripts = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert scripts == {*OFFLINE, "fastapi_app"}
+    examples = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    examples |= {path.parent.name for path in (ROOT / "examples").glob("*/__main__.py")}
+    assert examples == {*OFFLINE, "fastapi_app", "embedding_service"}
 
 
 def answer_with_the_question(body: Mapping[str, object]) -> str:
