@@ -12,14 +12,17 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+import tokenizers
 
 import dspylite as dspy
 from dspylite.errors import (
@@ -294,6 +297,21 @@ def test_several_poison_texts_in_several_batches_are_found() -> None:
     assert len(caught.value.results) == 61
 
 
+@pytest.mark.parametrize(
+    "poison",
+    [range(5), range(100), range(195, 200), range(100, 200), range(0, 200, 5), range(99, 101)],
+    ids=["head", "first half", "tail", "second half", "every fifth", "middle"],
+)
+def test_neighbouring_poison_texts_cost_the_others_nothing(poison: range) -> None:
+    """B 9D: the empty lines of a table stand together, and often at its beginning."""
+    texts = [f"text {number}" for number in range(200)]
+    bad = {texts[number] for number in poison}
+    with poisoned(400, bad.__contains__) as server, pytest.raises(BatchError) as caught:
+        hosted(server).embed(texts)
+    assert sorted(caught.value.errors) == list(poison)
+    assert len(caught.value.results) == 200 - len(poison)
+
+
 def test_half_a_surrogate_pair_is_found_without_sending_it(server: FakeServer) -> None:
     """B 4.13: it can be in no request; the other texts can."""
     with pytest.raises(BatchError) as caught:
@@ -392,6 +410,34 @@ def test_a_deadline_keeps_what_is_there(server: FakeServer) -> None:
     assert (list(caught.value.results), caught.value.untried) == ([0, 1], 4)
 
 
+async def embed_awaited(embedder: dspy.Embedder) -> Any:
+    return await embedder.aembed(LETTERS)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("limit", [None, 1])
+def test_a_deadline_ends_a_call_whose_function_hangs(limit: int | None, *, is_async: bool) -> None:
+    """B 4.4: also a function that cannot be told to hurry, and with the vectors of its others."""
+    goes_on = threading.Event()
+    calls: list[str] = []
+
+    def hanging(texts: list[str]) -> list[list[float]]:
+        calls.extend(texts)
+        if "b" in texts:
+            goes_on.wait(30)
+        return [[1.0] for _ in texts]
+
+    embedder = dspy.Embedder(hanging, batch_size=1, deadline_s=0.5, max_concurrency=limit)
+    call = partial(anyio.run, embed_awaited, embedder) if is_async else partial(embedder, LETTERS)
+    try:
+        with pytest.raises(BatchError) as caught:
+            call()
+    finally:
+        goes_on.set()
+    assert isinstance(caught.value.__cause__, DeadlineExceededError)
+    assert (list(caught.value.results), caught.value.untried, calls) == ([0], 6, ["a", "b"])
+
+
 def test_a_cancelled_call_sends_nothing_more(server: FakeServer) -> None:
     """B 3.2: the flag of whoever asked is seen between two batches."""
     with Cancellation() as flag, ThreadPoolExecutor(1) as pool, server.hold():
@@ -486,6 +532,69 @@ def test_a_function_is_called_by_one_thread_at_a_time_where_that_is_said() -> No
     assert most == 1
 
 
+LIMITED = {
+    "a call of its own": lambda e: partial(e, batch_size=1),
+    "copy": lambda e: e.copy(instruction="x").embed,
+    "deepcopy": lambda e: copy.deepcopy(e).embed,
+}
+
+
+@pytest.mark.parametrize("of", LIMITED.values(), ids=LIMITED)
+def test_copies_of_an_embedder_share_the_limit_of_its_function(of: Any) -> None:
+    """DSPy's call with a `batch_size` of its own makes a copy, as deep-copied programs are one."""
+    inside = threading.Semaphore(1)
+    crossed: list[bool] = []
+    gate = threading.Barrier(4)
+
+    def function(texts: list[str]) -> list[list[float]]:
+        is_free = inside.acquire(blocking=False)
+        crossed.append(not is_free)
+        time.sleep(0.002)  # so that another thread gets the chance to do wrong
+        if is_free:
+            inside.release()
+        return [[1.0] for _ in texts]
+
+    embedder = dspy.Embedder(function, batch_size=1, max_concurrency=1)
+
+    def work(_: int) -> None:
+        call = of(embedder)
+        gate.wait(10)
+        call(LETTERS)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert (len(crossed), any(crossed)) == (4 * 8, False)
+
+
+async def test_a_cancelled_function_keeps_its_place_until_it_ends() -> None:
+    """B 3.2: a thread cannot be broken off, and the next caller would be a second one inside."""
+    goes_on, ended = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def function(texts: list[str]) -> list[list[float]]:
+        calls.extend(texts)
+        if texts == ["a"]:
+            goes_on.wait(30)
+            ended.set()
+        else:
+            assert ended.is_set()
+        return [[1.0] for _ in texts]
+
+    embedder = dspy.Embedder(function, max_concurrency=1)
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(embedder.aembed, ["a"])
+            while not calls:
+                await anyio.sleep(0.001)
+            tasks.cancel_scope.cancel()
+        with anyio.move_on_after(0.05):
+            await embedder.aembed(["b"])
+        assert calls == ["a"]
+    finally:
+        goes_on.set()
+    assert (await embedder.aembed(["c"])).shape == (1, 1)
+
+
 def test_an_unlimited_function_is_called_with_one_batch_after_the_other() -> None:
     """A local model need not be safe to call from several threads; DSPy does not either."""
     threads: set[int] = set()
@@ -551,6 +660,15 @@ def test_progress_is_told_after_each_batch(server: FakeServer) -> None:
     assert told == [(1, 3, 0), (2, 3, 1), (3, 3, 1)]
 
 
+def test_progress_counts_texts_that_are_too_long_to_be_sent(server: FakeServer) -> None:
+    """They have ended, too: a bar that stops short looks like a hang."""
+    told: list[tuple[int, int | None, int]] = []
+    embedder = hosted(server, max_tokens=8)
+    with pytest.raises(BatchError):
+        embedder.embed(["a", "b" * 100, "c"], progress=lambda *state: told.append(state))
+    assert told == [(1, 3, 1), (3, 3, 1)]
+
+
 def test_a_progress_callback_that_fails_harms_nothing(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -561,6 +679,17 @@ def test_a_progress_callback_that_fails_harms_nothing(
 
     assert hosted(server).embed(["a"], progress=broken).shape == (1, 4)
     assert "progress callback failed" in caplog.text
+
+
+def test_a_relative_path_of_a_tokenizer_is_the_file_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B 7.2: the worker that unpickles it may stand in another folder."""
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, "?")).save(str(tmp_path / "t.json"))
+    monkeypatch.chdir(tmp_path)
+    pickled = pickle.dumps(dspy.Embedder("offline/hashing", tokenizer="t.json"))
+    monkeypatch.chdir("/")
+    assert pickle.loads(pickled).split("a b", 2) == ["a b"]
 
 
 # --- Batches -------------------------------------------------------------------------------------
@@ -582,6 +711,16 @@ def test_copies_change_one_thing_and_keep_the_rest(server: FakeServer) -> None:
     assert (request.api_key, inputs(request)) == ("sk-2", ["p: a", "p: b", "p: c"])
     assert (template.batch_size, template.kwargs["api_key"]) == (2, "sk-1")
     assert (twin.max_concurrency, twin.policies.rpm) == (1, 1000)
+
+
+def test_a_change_to_none_takes_a_parameter_away() -> None:
+    """It is then what it is where nobody gives it."""
+    made = dspy.Embedder("openai/m", **{n: v for n, v in FIELDS.items() if n != "engine"})
+    plain = dspy.Embedder("openai/m")
+    bare = made.copy(**dict.fromkeys(FIELDS, None))
+    state, usual = dict(vars(bare)), dict(vars(plain))
+    state.pop("_plan"), usual.pop("_plan")
+    assert state == usual
 
 
 TWINS = {"pickle": lambda e: pickle.loads(pickle.dumps(e)), "deepcopy": copy.deepcopy}

@@ -281,7 +281,9 @@ def test_value_that_is_no_float32_is_refused_with_its_row(bad: object) -> None:
     assert caught.value.index == 2
 
 
-@pytest.mark.parametrize("row", [[5.0], [5.0, 6.0, 7.0], [], None, 5.0, "56", b"56"], ids=repr)
+@pytest.mark.parametrize(
+    "row", [[5.0], [5.0, 6.0, 7.0], [], None, 5.0, "56", b"56", bytearray(b"12345678")], ids=repr
+)
 def test_row_of_another_shape_is_refused_with_its_number(row: object) -> None:
     """A short row would shift all that follow."""
     with pytest.raises(EmbeddingShapeError, match="text 2") as caught:

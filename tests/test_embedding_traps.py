@@ -152,6 +152,14 @@ def test_rows_are_put_in_the_order_of_their_index() -> None:
         assert embedder_at(server).embed(texts).tolist() == [full(text) for text in texts]
 
 
+@pytest.mark.parametrize("encoding", ["base64", "float"])
+def test_an_encoding_that_the_user_asks_for_is_read(encoding: str) -> None:
+    """B 6.1: whichever engine it comes through; litellm hands base64 on as it is, and warns."""
+    with FakeServer(dimensions=FULL) as server:
+        made = embedder_at(server, encoding_format=encoding).embed(["a"])
+        assert made.tolist() == [list(server.vector("a"))]
+
+
 BAD_ROWS: dict[str, list[Any]] = {
     "NaN": [math.nan, *[0.0] * 7],
     "infinity": [math.inf, *[0.0] * 7],

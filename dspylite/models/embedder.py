@@ -7,7 +7,8 @@ Not here: what one call does (`models/embedding/run.py`), the block of vectors i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from copy import deepcopy
 from typing import Any, Self, get_args
 
 from dspylite.abc import Engine, Io
@@ -46,19 +47,21 @@ gate before the endpoint finds it out."""
 _ENGINES: Mapping[bool, Engine] = {True: DirectEmbedding(), False: LiteLLMEmbedding()}
 _NO_POLICY_HERE = ("fallbacks", "fallback_on")
 _POLICY_NAMES = POLICY_NAMES | {"num_retries"}
-_OWN = (
-    "batch_size",
-    "caching",
-    "cache_id",
-    "dimensions",
-    "matryoshka",
-    "instruction",
-    "query_instruction",
-    "max_tokens",
-    "overflow",
-    "tokenizer",
-    "max_batch_tokens",
-)
+_OWN: Mapping[str, Any] = {
+    "batch_size": 200,
+    "caching": True,
+    "cache_id": None,
+    "dimensions": None,
+    "matryoshka": None,
+    "instruction": "",
+    "query_instruction": "",
+    "max_tokens": None,
+    "overflow": "error",
+    "tokenizer": None,
+    "max_batch_tokens": None,
+}
+"""What `copy` sets as it is, and its value where a change takes it away."""
+_OF_PROCESS = ("_plan", "_places")
 
 
 class Embedder:
@@ -153,8 +156,12 @@ class Embedder:
         self.kwargs = kwargs
         self._start()
 
-    def _start(self) -> None:
-        """Check the parameters, and make what an embedder has in this process only."""
+    def _start(self, places: Places | None = None) -> None:
+        """Check the parameters, and make what an embedder has in this process only.
+
+        Args:
+            places: Of an embedder with the same function and limit.
+        """
         if self.max_concurrency is not None:
             check_count("max_concurrency", self.max_concurrency, least=1, otherwise="leave it out")
         for name in ("batch_size", "dimensions", "max_tokens", "max_batch_tokens"):
@@ -174,12 +181,16 @@ class Embedder:
                     "with those of this one."
                 )
         check_deadline("deadline_s", self.kwargs.get("deadline_s"))
+        self._places = places
+        if isinstance(self.tokenizer, str | os.PathLike):  # a worker may stand in another folder
+            self.tokenizer = os.path.abspath(self.tokenizer)
         source = self._source()
         tokenizer = tokenizer_for(source.name, self.tokenizer)
         window = None
         if self.max_tokens is not None:
             window = Window(source.name, self.max_tokens, self.overflow, tokenizer)
-            window.room(max(self.instruction, self.query_instruction, key=len))
+            for instruction in (self.instruction, self.query_instruction):
+                window.room(instruction)
         self._plan = Plan(
             source=source,
             shape=self._shape(source.name),
@@ -254,11 +265,13 @@ class Embedder:
         if self.dimensions is not None and self.matryoshka is not True:
             kwargs["dimensions"] = self.dimensions
         limit = self.max_concurrency
+        if limit is not None and self._places is None:
+            self._places = Places(limit)
         return Function(
             function,
             kwargs,
             width=limit or 1,
-            places=None if limit is None else Places(limit),
+            places=self._places,
             cache_id=self.cache_id,
         )
 
@@ -318,8 +331,9 @@ class Embedder:
         Raises:
             MissingExtraError: numpy is not installed; `embed` does without it.
         """
+        np = _needed_numpy()
         chosen = self._for_call(batch_size, caching, kwargs)
-        return _as_numpy(chosen.embed(_as_list(inputs)), inputs)
+        return _as_numpy(np, chosen.embed(_as_list(inputs)), inputs)
 
     async def acall(
         self,
@@ -329,8 +343,9 @@ class Embedder:
         **kwargs: Any,
     ) -> Any:
         """Await the numpy array; otherwise as `__call__`."""
+        np = _needed_numpy()
         chosen = self._for_call(batch_size, caching, kwargs)
-        return _as_numpy(await chosen.aembed(_as_list(inputs)), inputs)
+        return _as_numpy(np, await chosen.aembed(_as_list(inputs)), inputs)
 
     def _for_call(
         self, batch_size: int | None, caching: bool | None, kwargs: dict[str, Any]
@@ -391,9 +406,10 @@ class Embedder:
         """Return an embedder with some parameters changed; a change to None takes one away."""
         twin = self.__class__.__new__(self.__class__)
         twin.__dict__.update(self.__getstate__())
-        for name in _OWN:
+        for name, usual in _OWN.items():
             if name in changes:
-                setattr(twin, name, changes.pop(name))
+                value = changes.pop(name)
+                setattr(twin, name, usual if value is None else value)
         twin.model = changes.pop("model", self.model)
         if "engine" in changes:
             twin._engine_name = checked_engine(changes.pop("engine"))  # noqa: SLF001  # ours
@@ -403,12 +419,24 @@ class Embedder:
         twin.policies = self.policies.with_changes(policies)
         merged = {**copied(self.kwargs), **changes}
         twin.kwargs = {name: value for name, value in merged.items() if value is not None}
-        twin._start()  # noqa: SLF001  # ours
+        twin._start(self._places_for(twin))  # noqa: SLF001  # ours
+        return twin
+
+    def _places_for(self, twin: Self) -> Places | None:
+        """Return what a twin shares, so that a limit holds over all that call a function."""
+        is_same = twin.model is self.model and twin.max_concurrency == self.max_concurrency
+        return self._places if is_same else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the parameters; the limit of a function holds for the copy and this one together."""
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(deepcopy(self.__getstate__(), memo))
+        twin._start(self._places_for(twin))  # noqa: SLF001  # ours
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process: the state of the policies."""
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take part in what this process knows of the endpoint."""
@@ -426,7 +454,8 @@ def _checked_price(price: Any) -> Price | None:
 
 
 def _checked_texts(texts: Sequence[str]) -> Iterator[str]:
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
+    # Of a set nobody knows which row is whose; of a dict the keys would be embedded.
+    if isinstance(texts, str | Set | Mapping) or not isinstance(texts, Iterable):
         raise InputFieldError(
             f"`embed` takes a list of texts, not {texts!r:.100}; write `embed([text])` for one."
         )
@@ -440,12 +469,17 @@ def _as_list(inputs: str | Sequence[str]) -> Sequence[str]:
     return [inputs] if isinstance(inputs, str) else inputs
 
 
-def _as_numpy(block: EmbeddingMatrix, inputs: str | Sequence[str]) -> Any:
+def _needed_numpy() -> Any:
+    """Load numpy before anything is sent."""
     np = load_numpy()
     if np is None:
         raise MissingExtraError(
             "Calling an embedder returns a numpy array: `pip install dspylite[numpy]`, or use "
             "`embedder.embed(texts)`, which needs no numpy."
         )
+    return np
+
+
+def _as_numpy(np: Any, block: EmbeddingMatrix, inputs: str | Sequence[str]) -> Any:
     matrix = np.asarray(block)
     return matrix[0] if isinstance(inputs, str) else matrix

@@ -211,6 +211,8 @@ class LiteLLMEmbedding(_LiteLLM):
             "max_retries": _NoRetries(),
             "input": [message["content"] for message in request.messages],
         }
+        if arguments.get("encoding_format") == "base64":
+            del arguments["encoding_format"]  # it hands the text on; the numbers are the same
         if "dimensions" in arguments and provider_of(request.model) is not None:
             # litellm refuses it for names that it does not know, though their servers may not.
             extra: Mapping[str, Any] = arguments.get("extra_body") or {}

@@ -256,7 +256,9 @@ def _read(row: Any, index: int | None) -> bytes:
     else:
         if callable(tolist := getattr(row, "tolist", None)):
             row = tolist()
-        if isinstance(row, str | bytes | Mapping | Set) or not isinstance(row, Iterable):
+        if isinstance(row, str | bytes | bytearray | Mapping | Set) or not isinstance(
+            row, Iterable
+        ):
             raise EmbeddingShapeError(
                 f"{name} is not a list of numbers: {row!r:.100}.", index=index
             )

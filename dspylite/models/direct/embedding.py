@@ -5,7 +5,7 @@ Not here: which texts make a batch, and whether the rows are vectors (`models/em
 
 from __future__ import annotations
 
-import base64
+import binascii
 import sys
 from array import array
 from collections.abc import Mapping
@@ -79,7 +79,7 @@ def _vector(sent: Any) -> Any:
         return sent
     vector = array("f")
     try:
-        vector.frombytes(base64.b64decode(sent, validate=True))
+        vector.frombytes(binascii.a2b_base64(sent, strict_mode=True))
     except ValueError:  # of either: no base64, or no whole number of float32s
         return sent
     if sys.byteorder == "big":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -66,17 +67,6 @@ class Plan:
     is_kept: bool
 
 
-@dataclass(slots=True)
-class _Halving:
-    """The search for the text that breaks a batch.
-
-    Attributes:
-        vain: Failures while nothing of the call had succeeded.
-    """
-
-    vain: int = 0
-
-
 class Run:
     """One call.
 
@@ -113,6 +103,7 @@ class Run:
             Exception: None has one: what went wrong with the first.
         """
         pieces_of = await self._pieces(texts)
+        self._tell(len(self._failures))
         if self._plan.is_kept:
             self._shelf = Shelf.of(self._plan.source)
         if self._shelf is not None:
@@ -189,36 +180,38 @@ class Run:
     # -- sending -----------------------------------------------------------------------------------
 
     async def _send(self, batch: list[str]) -> None:
-        await self._search(batch, _Halving())
-
-    async def _search(self, batch: list[str], halving: _Halving) -> None:
         """Send a batch; if it fails and one text may be the reason, send its halves."""
-        if self._is_stopped:
-            return
-        check_cancelled()
+        parts = deque([batch])
+        vain = 0  # failures while nothing of the call had succeeded
+        while parts and not self._is_stopped:
+            check_cancelled()
+            part = parts.popleft()
+            error = await self._failure_of(part)
+            if error is None:
+                continue
+            is_one_text = self._plan.source.is_divisible and may_be_one_text(error)
+            vain += not self._dim
+            if is_one_text and vain <= _MAX_VAIN and len(part) > 1:
+                middle = len(part) // 2
+                if vain == 2:  # the first half: before its parts the second, which may be whole
+                    parts.extend((part[:middle], part[middle:]))
+                else:
+                    parts.extendleft((part[middle:], part[:middle]))
+                continue
+            if isinstance(error, LMError) and not (is_one_text and vain <= _MAX_VAIN):
+                self._is_stopped = True  # it would be the same for every other batch
+            self._fail(part, error)
+
+    async def _failure_of(self, batch: list[str]) -> Exception | None:
+        """Send a batch and take what it gives; return what went wrong instead."""
         try:
             rows = await self._plan.source.rows(batch, self._io)
         except CallCancelledError:
             raise
         except Exception as error:  # noqa: BLE001  # a function may raise anything; it is kept
-            goes_on = self._goes_on_after(error, halving)
-            if goes_on and len(batch) > 1:
-                middle = len(batch) // 2
-                await self._search(batch[:middle], halving)
-                await self._search(batch[middle:], halving)
-                return
-            if isinstance(error, LMError) and not goes_on:
-                self._is_stopped = True  # it would be the same for every other batch
-            self._fail(batch, error)
-            return
+            return error
         await self._accept(batch, rows)
-
-    def _goes_on_after(self, error: Exception, halving: _Halving) -> bool:
-        """Tell whether one text may be the reason of a failure, so that others can be sent."""
-        if not (self._plan.source.is_divisible and may_be_one_text(error)):
-            return False
-        halving.vain += not self._dim
-        return halving.vain <= _MAX_VAIN
+        return None
 
     async def _accept(self, batch: list[str], rows: list[Any]) -> None:
         good: dict[str, array[float]] = {}

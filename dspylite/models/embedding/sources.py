@@ -5,12 +5,15 @@ Not here: which texts make a batch (`run.py`), and whether rows are vectors (`ro
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Concatenate, Protocol, TypeGuard
 
 from dspylite.abc import Engine, Io, Next
 from dspylite.errors import (
+    CallCancelledError,
     ContentFilterError,
     ContextWindowExceededError,
     EmbeddingShapeError,
@@ -27,8 +30,10 @@ from dspylite.models.offline.hashing import hash_embedding
 from dspylite.models.policies import Policies
 from dspylite.models.recording import BudgetCheck, cost_of
 from dspylite.runtime.budgets import current_budget
-from dspylite.runtime.gates import Places
+from dspylite.runtime.flow import within_deadline
+from dspylite.runtime.gates import Pass, Places
 from dspylite.runtime.settings import settings
+from dspylite.runtime.threads import is_async
 from dspylite.schema.messages import EmbeddingResponse, LMRequest, LMResponse, Usage
 
 EmbedFunction = Callable[Concatenate[list[str], ...], Any]
@@ -150,6 +155,49 @@ def _has_rows(response: LMResponse) -> TypeGuard[EmbeddingResponse]:
     return isinstance(response, EmbeddingResponse)
 
 
+class _KeptPlace:
+    """One place of a limit, kept until the function has ended, also where its caller left before.
+
+    A thread cannot be broken off: what it runs goes on when the caller is cancelled.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.ask = places.ask
+        self.look = places.look
+        self._leave = places.leave
+        self._lock = threading.Lock()  # guards the next three
+        self._is_running = False
+        self._is_gone = False
+        self._left: list[tuple[Pass, float]] = []
+
+    def leave(self, ticket: Pass, now: float) -> None:
+        """Give the place back, or have it given back."""
+        with self._lock:
+            if self._is_running:
+                self._left.append((ticket, now))
+                return
+            self._is_gone = True
+        self._leave(ticket, now)
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run the function, unless its caller has left already.
+
+        Raises:
+            CallCancelledError: It has.
+        """
+        with self._lock:
+            if self._is_gone:
+                raise CallCancelledError("The embedding function was not called: nobody waits.")
+            self._is_running = True
+        try:
+            return function()
+        finally:
+            with self._lock:
+                self._is_running = False
+            for ticket, now in self._left:
+                self._leave(ticket, now)
+
+
 class Function:
     """A function of the user's."""
 
@@ -173,11 +221,8 @@ class Function:
 
     async def rows(self, texts: list[str], io: Io) -> list[Any]:
         """Call it with one batch; what it raises is raised as it is."""
-        if self._places is None:
-            made: Any = await io.any(self._function, texts, **self._arguments)
-        else:
-            async with io.enter(self._places):
-                made = await io.any(self._function, texts, **self._arguments)
+        called = partial(self._call, texts)
+        made = await within_deadline(io, called, f"the embedding function `{self.name}` ran")
         if made is None or not hasattr(made, "__len__"):
             raise EmbeddingShapeError(
                 f"The embedding function returned {made!r:.100} instead of one vector per text."
@@ -188,6 +233,15 @@ class Function:
                 f"{len(texts)} texts gave {len(rows)} vectors; nothing of this batch is used."
             )
         return rows
+
+    async def _call(self, texts: list[str], io: Io) -> Any:
+        if self._places is None:
+            return await io.any(self._function, texts, **self._arguments)
+        place = _KeptPlace(self._places)
+        async with io.enter(place):
+            if is_async(self._function):
+                return await io.any(self._function, texts, **self._arguments)
+            return await io.any(place.call, partial(self._function, texts, **self._arguments))
 
     def described(self, salt: Callable[[], bytes]) -> Mapping[str, Any] | None:
         """Say what a vector depends on, which nobody but the user knows: their `cache_id`."""
