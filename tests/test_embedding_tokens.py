@@ -49,6 +49,10 @@ SAMPLES = {
     "English": "Scientists have long suspected that birds rely on several mechanisms at once.",
     "German": "Die Geschwindigkeitsbegrenzung auf Autobahnen wird größtenteils aufgehoben.",
     "French": "L'été dernier, les élèves ont découvert une grotte près de la rivière.",
+    "Dutch": "Volgens de minister van Economische Zaken zullen vooral ambachtelijke bedrijven "
+    "profiteren van lagere belastingen.",
+    "Italian": "Il governo ha annunciato ieri nuove misure di sostegno alle medie imprese.",
+    "Bulgarian": "Правителството обяви вчера нови мерки за подкрепа на средния бизнес в страната.",
     "Finnish": "Lentokonesuihkuturbiinimoottoriapumekaanikko matkusti eilen Rovaniemelle, koska "
     "työtoverit olivat järjestäneet syntymäpäiväjuhlat.",
     "Polish": "Większość uważa, że źle byłoby ją zamknąć czterdzieści kilometrów dalej.",
@@ -454,6 +458,37 @@ def test_estimate_is_not_below_openais_count(text: str) -> None:
     """A text that is taken for too short is refused or, worse, silently cut by the server."""
     guessed, counted = len(EstimatedTokens().ends(text)), len(OpenAITokens().ends(text))
     assert counted <= guessed <= 3 * counted
+
+
+WORDPIECE = {
+    "English": 13,
+    "German": 28,
+    "Dutch": 36,
+    "French": 25,
+    "Italian": 26,
+    "Finnish": 50,
+    "Polish": 35,
+    "code": 31,
+    "JSON": 229,
+    "base64": 147,
+    "Chinese": 39,
+    "Japanese": 40,
+    "Korean": 58,
+    "Russian": 66,
+    "Ukrainian": 58,
+    "Bulgarian": 65,
+    "Greek": 61,
+    "Arabic": 55,
+    "Hebrew": 56,
+}
+"""Tokens of the samples by the vocabulary of `all-MiniLM-L6-v2`, which is BERT's for English."""
+
+
+@pytest.mark.parametrize("name", WORDPIECE)
+def test_estimate_is_not_below_berts_count(name: str) -> None:
+    """Of a language that it hardly knows it makes many more tokens than OpenAI's does."""
+    guessed, counted = len(EstimatedTokens().ends(SAMPLES[name])), WORDPIECE[name]
+    assert counted <= guessed <= 2.2 * counted
 
 
 def test_estimate_is_high_for_each_kind_of_text_in_the_repository() -> None:

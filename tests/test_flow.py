@@ -16,7 +16,7 @@ import pytest
 import dspylite as dspy
 from dspylite.abc import Io
 from dspylite.errors import DeadlineExceededError
-from dspylite.runtime.clock import Deadline
+from dspylite.runtime.clock import Deadline, Latch
 from dspylite.runtime.flow import ASYNC, BLOCKING, Both, run_flow
 from dspylite.runtime.gates import Pass, Places, wake
 from dspylite.runtime.loops import running_library
@@ -411,3 +411,32 @@ def test_a_gate_without_places_is_refused() -> None:
     """It would hang its first caller."""
     with pytest.raises(ValueError, match="at least 1"):
         Places(0)
+
+
+def test_a_latch_is_an_event_in_every_way() -> None:
+    """It is set before, while and after somebody waits, more than once."""
+    latch, going = Latch(), threading.Event()
+    assert not latch.is_set()
+    for seconds in (0, -1, 0.001):
+        assert not latch.wait(seconds)
+    for _ in range(2):
+        latch.set()
+    assert latch.wait(0)
+    assert latch.wait()
+    assert latch.is_set()
+    for _ in range(2):
+        latch.clear()
+    assert not latch.wait(0)
+
+    def wait() -> None:
+        going.set()
+        latch.wait()
+
+    threads = [threading.Thread(target=wait, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert going.wait(30)
+    latch.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib
+import itertools
+import linecache
 import multiprocessing
 import os
 import pickle
@@ -18,6 +20,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import anyio
@@ -714,6 +717,24 @@ def wait_for_waiting(batcher: dspy.MicroBatcher[Any, Any], count: int) -> None:
     raise AssertionError(len(batcher._line._open))
 
 
+def test_what_a_caller_changes_while_it_waits_is_not_its_neighbours(came: Tally) -> None:
+    """They were alike when they came, and the batch stays as that (B 6.7)."""
+    mine = {"tenant": {"key": "ours"}}
+
+    def ask(extra: Any) -> Any:
+        with dspy.context(extra=extra):
+            return batcher(0)
+
+    with dspy.MicroBatcher(
+        lambda items: [dspy.settings.extra["of"]["tenant"]["key"] for _ in items], 2, NEVER_S
+    ) as batcher:
+        first = start(ask, {"of": mine})
+        came.wait_for(1)
+        mine["tenant"]["key"] = "mine"
+        second = start(ask, {"of": {"tenant": {"key": "ours"}}})
+        assert answers([first, second]) == ["ours", "ours"]
+
+
 def test_a_settings_value_that_holds_itself_is_no_trap() -> None:
     """It is told from others by what it is (B 6.7)."""
     endless: dict[str, Any] = {}
@@ -985,6 +1006,64 @@ def test_ctrl_c_while_a_thread_starts_leaves_nobody_behind(
             batcher(1)
         assert batcher(2) == 4
         begun[0]()  # it came too late, and takes nobody's work
+
+
+def interrupt_at(line: int, fn: Callable[[], Any]) -> bool:
+    """Call with a Ctrl-C before that line of those of the line of calls; tell whether it came."""
+    passed = 0
+
+    def step(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal passed
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        # At the end of such a block no signal is heard before the lock is free.
+        if event == "line" and "with self._lock" not in text:
+            passed += 1
+            if passed == line:
+                sys.settrace(before)
+                raise KeyboardInterrupt
+        return step
+
+    def enter(frame: FrameType, event: str, arg: object) -> Any:
+        return step if frame.f_code.co_filename == batching.__file__ else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        fn()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return passed >= line
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_ctrl_c_between_two_steps_of_a_call_takes_nobody_the_threads(is_warm: bool) -> None:
+    """A thread that was chosen and not told, or counted and not started (B 6.7)."""
+    for line in itertools.count(1):
+        with dspy.MicroBatcher(double, 1, 0) as batcher:
+            if is_warm:
+                batcher(0)
+            came_in_time = interrupt_at(line, lambda: batcher(1))  # called at once
+            assert start(batcher, 2).result(LIMIT_S) == 4
+        if not came_in_time:
+            break
+    assert line > 20
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_ctrl_c_between_two_steps_of_closing_hangs_nobody(came: Tally, drop: bool) -> None:
+    """What waited is answered or dropped, and closing again comes to an end (B 6.7)."""
+    for line in itertools.count(1):
+        batcher = dspy.MicroBatcher(double, 2, NEVER_S)
+        waiting = start(batcher, 1)
+        came.wait_for(line)
+        came_in_time = interrupt_at(line, lambda: batcher.close(drop=drop))  # noqa: B023
+        assert start(batcher.close).result(LIMIT_S) is None
+        assert waiting.exception(LIMIT_S) is None or drop
+        if not came_in_time:
+            break
+    assert line > 15
 
 
 def test_propagated_contexts_do_not_reach_the_function() -> None:

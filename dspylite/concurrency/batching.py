@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from dspylite.abc import Clock
 from dspylite.errors import ClosedError, OverloadedError
 from dspylite.runtime.cancellation import Cancellation
+from dspylite.runtime.clock import Latch
 from dspylite.runtime.gates import Pass, wake
 from dspylite.runtime.loops import end_kept_loop, start_thread
 
@@ -124,10 +125,11 @@ class Batch:
 class _Worker:
     """A thread of a line, from the moment it is wanted."""
 
-    __slots__ = ("changed", "has_begun", "is_given_up")
+    __slots__ = ("changed", "has_begun", "is_given_up", "wanted_by")
 
     def __init__(self) -> None:
-        self.changed = threading.Event()
+        self.wanted_by = threading.get_ident()
+        self.changed = Latch()
         self.has_begun = False
         self.is_given_up = False
 
@@ -170,21 +172,26 @@ class Line:
             OverloadedError: `max_queue` items wait already.
         """
         now = self._clock.now()
-        with self._lock:
-            self._check_room()
-            batch = self._open.get(call.kind)
-            is_first = batch is None
-            if batch is None:
-                batch = self._open[call.kind] = Batch(call, now + self._rules.window_s)
-            batch.calls[call] = None
-            call.batch = batch
-            is_full = len(batch.calls) >= self._rules.size
-            if is_full:
-                self._full.append(self._open.pop(call.kind))
-            worker = self._wanted(is_full=is_full) if is_full or is_first else None
         try:
-            self._rouse(worker)
+            with self._lock:
+                self._check_room()
+                batch = self._open.get(call.kind)
+                is_first = batch is None
+                if batch is None:
+                    batch = self._open[call.kind] = Batch(call, now + self._rules.window_s)
+                call.batch = batch
+                batch.calls[call] = None
+                is_full = len(batch.calls) >= self._rules.size
+                if is_full:
+                    self._full.append(batch)
+                    del self._open[call.kind]
+                worker = self._wanted(is_full=is_full) if is_full or is_first else None
+            if worker is not None:
+                self._rouse(worker)
+        except Exception:
+            raise
         except BaseException:  # Ctrl-C
+            self._mend()
             self.withdraw(call)
             raise
 
@@ -204,6 +211,30 @@ class Line:
                     self._full.remove(batch)
                 return
         batch.flag.cancel("nobody waits for its batch any more")
+
+    def _mend(self) -> None:
+        """Put right what Ctrl-C, which comes between any two steps, left half done on this thread.
+
+        A thread may have been chosen and not told, or counted and not started, and then nobody
+        would ever look after the items of the others.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            for batch in self._full:
+                if self._open.get(batch.kind) is batch:
+                    del self._open[batch.kind]
+            for worker in [each for each in self._workers if each.wanted_by == me]:
+                worker.is_given_up = not worker.has_begun
+                if worker.is_given_up:
+                    self._workers.discard(worker)
+            begun = [worker for worker in self._workers if worker.has_begun]
+            other = None if begun else self._wanted(is_full=bool(self._full))
+            closers = self._part_with(None) if other is None else []
+        for worker in begun:
+            worker.changed.set()  # it looks; for nothing, at worst
+        if other is not None:
+            self._rouse(other)
+        _open(closers)
 
     def _check_room(self) -> None:
         if self.is_closed:
@@ -225,10 +256,18 @@ class Line:
     def close(self, *, drop: bool) -> None:
         """Take nothing more; what waits goes out now, or gets an error."""
         dropped: list[Call] = []
+        try:
+            self._close(dropped, drop=drop)
+        except BaseException:  # Ctrl-C
+            self._mend()
+            self._close(dropped, drop=drop)
+            raise
+
+    def _close(self, dropped: list[Call], *, drop: bool) -> None:
         with self._lock:
             self.is_closed = True
             if drop:
-                dropped = [call for batch in self._waiting() for call in batch.calls]
+                dropped.extend(call for batch in self._waiting() for call in batch.calls)
                 self._open.clear()
                 self._full.clear()
             idle, self._idle = self._idle, []
@@ -238,9 +277,13 @@ class Line:
             wanted = None if idle else self._wanted(is_full=True)
         for worker in idle:
             worker.changed.set()
-        self._rouse(wanted)
+        if wanted is not None:
+            self._rouse(wanted)
         for call in dropped:
-            call.settle(None, closed_error())
+            if call.granted:  # Ctrl-C came before it was woken
+                wake(call)
+            else:
+                call.settle(None, closed_error())
 
     def ask(self, now: float) -> Pass:
         """Wait until all is answered."""
@@ -286,9 +329,7 @@ class Line:
         self._workers.add(worker)
         return worker
 
-    def _rouse(self, worker: _Worker | None) -> None:
-        if worker is None:
-            return
+    def _rouse(self, worker: _Worker) -> None:
         if worker.has_begun:
             worker.changed.set()
             return
@@ -297,14 +338,6 @@ class Line:
             Context().run(start_thread, partial(self._begin, worker), "dspylite-batcher")
         except RuntimeError:  # the system has no more threads, or the interpreter is ending
             self._work_here(worker)
-        except BaseException:  # Ctrl-C, with or without a thread that has begun
-            with self._lock:
-                worker.is_given_up = not worker.has_begun
-                if worker.is_given_up:
-                    self._workers.discard(worker)
-                other = self._wanted(is_full=bool(self._full))
-            self._rouse(other)
-            raise
 
     def _begin(self, worker: _Worker) -> None:
         with self._lock:
@@ -356,7 +389,8 @@ class Line:
                     wait_s = ends_at - now
             self._clock.wait(worker.changed, wait_s)
         if batch is not None:
-            self._rouse(other)
+            if other is not None:
+                self._rouse(other)
             return batch
         try:
             end_kept_loop()  # whoever waits for the end waits for this too
@@ -379,9 +413,10 @@ class Line:
             batch.sent = tuple(batch.calls)
         return batch
 
-    def _part_with(self, worker: _Worker) -> list[Pass]:
+    def _part_with(self, worker: _Worker | None) -> list[Pass]:
         """Count a thread no longer; return the tickets of those who waited for the last one."""
-        self._workers.discard(worker)
+        if worker is not None:
+            self._workers.discard(worker)
         if not self.is_closed or self._workers:
             return []
         closers, self._closers = self._closers, []

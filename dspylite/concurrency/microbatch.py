@@ -141,8 +141,8 @@ class MicroBatcher(Generic[X, Y]):
         within = _WITHIN.get()
         if within and self._line.is_closed and self not in within:
             raise closed_error()
-        outer = overlay()
-        kind = Kind(_likeness(_shareable(outer)), within)
+        outer = _copied(overlay())
+        kind = Kind(_likeness(_shareable(outer)), within) if outer or within else _USUAL
         call = Call(self._inner if within else self._line, input_item, kind, outer)
         with Deadline(settings.deadline_s):
             try:
@@ -340,6 +340,24 @@ def _likeness(value: object, depth: int = 0) -> Hashable:
         pairs = cast("dict[Any, Any]", value).items()
         return kind, frozenset([(_likeness(k, 4), _likeness(v, depth + 1)) for k, v in pairs])
     return _Same(value)
+
+
+def _copied(value: Any, depth: int = 0) -> Any:
+    """Copy what `_likeness` compares by its value.
+
+    What one caller changes in it while the batch waits would else hold for its neighbours.
+    """
+    if type(value) is dict and depth < 4:
+        held: dict[Any, Any] = value
+        return {key: _copied(part, depth + 1) for key, part in held.items()}
+    if type(value) is tuple and depth < 4:
+        parts: tuple[Any, ...] = value
+        return tuple([_copied(part, depth + 1) for part in parts])
+    return value
+
+
+_USUAL = Kind(_likeness({}), frozenset())
+"""That of callers who have changed no settings."""
 
 
 def _shared(error: BaseException, count: int) -> list[_Outcome]:

@@ -7,7 +7,6 @@ so that one body serves sync and async callers. Not here: what plans do.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dspylite.abc import Clock, Dual, Gate, Io, Ticket
 from dspylite.errors import FlowError
 from dspylite.runtime.bridge import call_async, call_within, map_on_threads
 from dspylite.runtime.cancellation import CANCELLATION, check_cancelled
-from dspylite.runtime.clock import CLOCK, deadline_error, time_left
+from dspylite.runtime.clock import CLOCK, Latch, deadline_error, time_left
 from dspylite.runtime.loops import poster, standing_still
 from dspylite.runtime.threads import is_async
 from dspylite.runtime.workers import call_in_thread
@@ -68,7 +67,7 @@ class BlockingIo:
         if flag is None:
             clock.sleep(seconds)
             return
-        stopped = threading.Event()
+        stopped = Latch()
         handle = flag.watch(stopped.set)
         try:
             clock.wait(stopped, seconds)
@@ -192,7 +191,7 @@ class _Entry(Generic[K]):
 
 
 async def _wait_on_thread(gate: Gate[K], ticket: K, clock: Clock) -> None:
-    changed = threading.Event()
+    changed = Latch()
     ticket.wake = changed.set
     flag = CANCELLATION.get()
     handle = flag and flag.watch(changed.set)
@@ -230,8 +229,10 @@ def _seconds_to_wait(ticket: Ticket, clock: Clock) -> float | None:
     if left is not None and left <= 0:
         raise deadline_error("waiting for other calls to the same endpoint")
     again = ticket.look_again_at
-    waits = [left, None if again is None else max(0.0, again - clock.now())]
-    return min((seconds for seconds in waits if seconds is not None), default=None)
+    if again is None:
+        return left
+    seconds = max(0.0, again - clock.now())
+    return seconds if left is None else min(seconds, left)
 
 
 def _run_plan(plan: Callable[[X], Awaitable[T]], item: X) -> T:
