@@ -24,6 +24,7 @@ import pytest
 from dspylite import LM, Embedder
 from dspylite.errors import (
     MAX_MESSAGE_CHARS,
+    BatchError,
     LMConfigurationError,
     LMError,
     LMInvalidRequestError,
@@ -344,8 +345,12 @@ def test_half_of_a_surrogate_pair_is_refused_in_embeddings(server: FakeServer) -
     """Texts cut in the middle of an emoji are common in documents (B 4.13)."""
     embedder = Embedder("openai/m", api_base=server.base_url, api_key=KEY, engine="direct")
     with pytest.raises(LMInvalidRequestError, match="surrogate"):
-        embedder.embed(["fine", HALF])
+        embedder.embed([HALF])
     assert server.requests == ()
+    with pytest.raises(BatchError, match=r"Text 1: LMInvalidRequestError.*surrogate") as caught:
+        embedder.embed(["fine", HALF])
+    assert (list(caught.value.results), list(caught.value.errors)) == ([0], [1])
+    assert [request.json["input"] for request in server.requests] == [["fine"]]
 
 
 @pytest.mark.parametrize(

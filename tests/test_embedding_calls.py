@@ -723,6 +723,45 @@ def test_a_change_to_none_takes_a_parameter_away() -> None:
     assert state == usual
 
 
+FORKED = """
+import os, sys, threading
+import dspylite as dspy
+
+dspy.configure_cache(enable_disk_cache=False)
+embedder = dspy.Embedder("openai/m", api_base=sys.argv[1], api_key="k", batch_size=1)
+alone = embedder.copy(caching=False)
+busy = [
+    threading.Thread(target=embedder.embed, args=([str(n) for n in range(start, start + 50)],))
+    for start in range(0, 400, 50)
+]
+for thread in busy:
+    thread.start()
+children = []
+for child in range(4):
+    pid = os.fork()
+    if not pid:
+        texts = [f"{child}-{n}" for n in range(20)]
+        made = embedder.embed(texts).tolist()
+        os._exit(made != [alone.embed([text]).tolist()[0] for text in texts])
+    children.append(pid)
+print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
+for thread in busy:
+    thread.join()
+"""
+
+
+def test_children_of_a_busy_parent_embed_for_themselves(server: FakeServer) -> None:
+    """B 7.3: also where the parent is just loading what its first calls need; no vector is lost."""
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, server.base_url],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (told.stdout, told.stderr) == ("[0, 0, 0, 0]\n", "")
+
+
 TWINS = {"pickle": lambda e: pickle.loads(pickle.dumps(e)), "deepcopy": copy.deepcopy}
 FIELDS: dict[str, Any] = {
     "batch_size": 3,

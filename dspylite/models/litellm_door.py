@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,12 +19,12 @@ from dspylite.models.knowledge import Knowledge, knowledge_of_row
 from dspylite.models.translate import shows_secret, translate_error
 from dspylite.runtime.bridge import call_within
 from dspylite.runtime.clock import deadline_error, time_left
+from dspylite.runtime.forks import loading
 from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.secrets import secrets_of
 
 T = TypeVar("T")
 
-_LOAD_LOCK = threading.Lock()  # guards the first import: litellm imports itself in circles
 _loaded: list[Any] = []
 
 
@@ -36,7 +35,7 @@ def load_litellm() -> Any:
     user chose otherwise through `LITELLM_LOCAL_MODEL_COST_MAP`, and not to print advice.
     """
     if not _loaded:
-        with _LOAD_LOCK:
+        with loading():  # one thread at a time: litellm imports itself in circles
             if not _loaded:
                 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
                 import litellm  # noqa: PLC0415  # costs seconds, so on the first call only

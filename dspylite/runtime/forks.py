@@ -6,7 +6,10 @@ Locks that nobody will release, connections of the parent. Not here: what each o
 from __future__ import annotations
 
 import os
+import threading
 import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -69,13 +72,56 @@ def _hold_all() -> None:
         thing = ref()
         if thing is not None:
             thing.before_fork()
+    _LOADING.before_fork()  # last: whoever is waited for above may have something to load
 
 
 def _let_go() -> None:
+    _LOADING.after_fork()
     for ref in _held:
         thing = ref()
         if thing is not None:
             thing.after_fork()
+
+
+_LONGEST_LOAD_S = 10.0
+"""How long a fork waits for an import; litellm takes 3 to 10 s."""
+
+
+class _Loading:
+    """Imports that are under way; a child forked amid one could never make it."""
+
+    def __init__(self) -> None:
+        self.reset_after_fork()
+        watch_forks(self)
+
+    def reset_after_fork(self) -> None:
+        """Start with nothing under way."""
+        self.lock = threading.RLock()
+        self._held_by: set[int] = set()  # threads that fork
+
+    def before_fork(self) -> None:
+        """Wait until what is being loaded is loaded."""
+        if self.lock.acquire(timeout=_LONGEST_LOAD_S):
+            self._held_by.add(threading.get_ident())
+
+    def after_fork(self) -> None:
+        """Let others load."""
+        if threading.get_ident() in self._held_by:
+            self._held_by.discard(threading.get_ident())
+            self.lock.release()
+
+
+_LOADING = _Loading()
+
+
+@contextmanager
+def loading() -> Generator[None]:
+    """Let no fork happen while the block imports what calls load at their first use.
+
+    Python's own lock of a module would stay locked in the child for ever.
+    """
+    with _LOADING.lock:
+        yield
 
 
 if hasattr(os, "register_at_fork"):

@@ -15,6 +15,8 @@ from typing import Any, cast
 
 from anyio.lowlevel import current_token
 
+from dspylite.runtime.forks import loading
+
 Post = Callable[[Callable[[], object]], None]
 """Has a function called by an event loop, from any thread, and waits for nothing."""
 
@@ -121,7 +123,8 @@ def is_in_notebook() -> bool:
 def load_thread_loops() -> Any:
     """Import `thread_loops.py` on its first use."""
     # Loads asyncio, which costs a third of the time that importing this package takes without it.
-    from dspylite.runtime import thread_loops  # noqa: PLC0415
+    with loading():
+        from dspylite.runtime import thread_loops  # noqa: PLC0415
 
     return thread_loops
 

@@ -36,6 +36,7 @@ from dspylite.models.cache.contract import (
     database_in,
 )
 from dspylite.models.cache.rows import BadRowError
+from dspylite.runtime.forks import loading
 
 _SETTINGS: Mapping[str, Any] = {
     "statistics": 0,
@@ -68,8 +69,9 @@ _COUNTERS = {"count", "size", "size_limit", "hits", "misses"}
 @functools.cache
 def _load_diskcache() -> tuple[Any, Any]:
     """Import diskcache on its first use; return a cache class and the errors."""
-    import diskcache  # noqa: PLC0415  # costs 20 ms, and loads pickle
-    from diskcache.core import MODE_RAW  # noqa: PLC0415
+    with loading():
+        import diskcache  # noqa: PLC0415  # costs 20 ms, and loads pickle
+        from diskcache.core import MODE_RAW  # noqa: PLC0415
 
     class SafeDisk(diskcache.Disk):  # type: ignore[misc]  # untyped
         """Keeps bytes under texts, inside the database. It unpickles, opens and removes nothing."""

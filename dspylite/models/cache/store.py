@@ -28,7 +28,7 @@ from dspylite.models.cache.contract import (
 from dspylite.models.cache.exits import MOST_AT_EXIT_S, close_at_exit, note
 from dspylite.models.cache.rows import BadRowError
 from dspylite.models.cache.salt import make_salt, read_salt
-from dspylite.runtime.forks import hold_forks, watch_forks
+from dspylite.runtime.forks import hold_forks, loading, watch_forks
 
 logger = logging.getLogger(__name__)
 
@@ -492,6 +492,7 @@ class DiskStore:
 def _load_table() -> Callable[[Path, int], CacheStore]:
     """Import `disk.py` on its first use."""
     # Loads sqlite3, whose libraries a program without a cache on disk never needs.
-    from dspylite.models.cache.disk import DiskTable  # noqa: PLC0415
+    with loading():
+        from dspylite.models.cache.disk import DiskTable  # noqa: PLC0415
 
     return DiskTable

@@ -36,7 +36,7 @@ from dspylite.models.direct.wire import (
     is_blank,
     without_user_info,
 )
-from dspylite.runtime.forks import watch_forks
+from dspylite.runtime.forks import loading, watch_forks
 
 _DNS_CACHE_S = 60
 _KEEP_ALIVE_S = 30.0
@@ -50,7 +50,8 @@ _OTHER_DESCRIPTORS = 0.75
 
 @functools.cache
 def _load_aiohttp() -> Any:
-    import aiohttp  # noqa: PLC0415  # costs 150 ms, so on the first call only
+    with loading():
+        import aiohttp  # noqa: PLC0415  # costs 150 ms, so on the first call only
 
     return aiohttp
 

@@ -42,7 +42,7 @@ from dspylite.models.direct.wire import (
     without_user_info,
 )
 from dspylite.runtime.cancellation import CANCELLATION
-from dspylite.runtime.forks import watch_forks
+from dspylite.runtime.forks import loading, watch_forks
 
 MAX_KEPT_CONNECTIONS = 1024
 """Idle connections kept for each host: as many as threads are likely to call at once. Those beyond
@@ -173,7 +173,8 @@ class _Client:
 
 @functools.cache
 def _load_urllib3() -> Any:
-    import urllib3  # noqa: PLC0415  # costs 40 ms, so on the first call only
+    with loading():
+        import urllib3  # noqa: PLC0415  # costs 40 ms, so on the first call only
 
     return urllib3
 

@@ -40,6 +40,7 @@ from dspylite.models.streams import close_stream
 from dspylite.models.translate import error_of_answer, status_of_error
 from dspylite.runtime.clock import time_left
 from dspylite.runtime.flow import ASYNC, BLOCKING, run_flow
+from dspylite.runtime.forks import loading
 from dspylite.runtime.loops import running_library
 from dspylite.runtime.workers import call_in_thread, open_in_thread
 from dspylite.schema.messages import LMDelta, LMRequest, LMResponse
@@ -91,14 +92,16 @@ _REASONING_NAMES = ("o1", "o3", "o4", "gpt-5")
 @functools.cache
 def _blocking() -> Any:
     # Loads the standard library's HTTP and TLS, which are half the memory of this package's import.
-    from dspylite.models.direct import blocking  # noqa: PLC0415
+    with loading():
+        from dspylite.models.direct import blocking  # noqa: PLC0415
 
     return blocking
 
 
 @functools.cache
 def _awaiting() -> Any:
-    from dspylite.models.direct import awaiting  # noqa: PLC0415
+    with loading():
+        from dspylite.models.direct import awaiting  # noqa: PLC0415
 
     return awaiting
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
+from dspylite.runtime.forks import loading
 from dspylite.runtime.workers import call_in_thread
 from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Message, Usage
 
@@ -15,7 +16,8 @@ from dspylite.schema.messages import LMOutput, LMRequest, LMResponse, Message, U
 @functools.cache
 def _load_reader() -> Callable[[Sequence[Message]], str]:
     # A tenth of the time of importing this package, for something that few programs use.
-    from dspylite.models.offline.reading import read_and_answer  # noqa: PLC0415
+    with loading():
+        from dspylite.models.offline.reading import read_and_answer  # noqa: PLC0415
 
     return read_and_answer
 
