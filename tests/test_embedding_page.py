@@ -581,6 +581,16 @@ def test_full_queue_is_waited_for(page: Page, serve: Serve, model: Model, files:
     page.wait(lambda: page.text("#summary") == "2 of 2 done")
 
 
+@pytest.mark.parametrize(("limit", "state"), [("1000", "Not sent"), ("3000000", "Done")])
+def test_limit_of_the_service_is_the_limit_of_the_page(
+    limit: str, state: str, page: Page, serve: Serve, model: Model, files: Files
+) -> None:
+    """A smaller one is known before anything is sent, and a larger one can be used."""
+    page.open(serve(MAX_BODY_BYTES=limit, CHUNK_TOKENS="8000"))
+    page.choose(*files(large=b"word " * (300 if limit == "1000" else 300_000)))
+    page.wait(lambda: page.states() == {"large.txt": state})
+
+
 def test_document_that_only_the_service_finds_too_large_says_so(
     page: Page, serve: Serve, model: Model, files: Files
 ) -> None:
@@ -588,6 +598,10 @@ def test_document_that_only_the_service_finds_too_large_says_so(
     page.expected_statuses = {"413"}
     strict = serve(MAX_BODY_BYTES="1000")
     page.open(strict)
+    page.browser.execute_async_script(  # as if it were the limit of a proxy
+        """const done = arguments[0];
+           import("/static/intake.js").then(({ limits }) => { limits.bytes = 1e6; done(); })"""
+    )
     page.choose(*files(large="word " * 300))
     page.wait(lambda: page.states() == {"large.txt": "Failed"})
     assert page.documents()[0][2].startswith("Too large for the service: ")

@@ -11,6 +11,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from array import array
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 from dspylite.errors import LMInvalidRequestError, SettingsError
+from dspylite.testing import Reply
 from examples.embedding_service.app import create_app
 from examples.embedding_service.auth import ApiKeys
 from examples.embedding_service.config import Config
@@ -30,7 +32,7 @@ from examples.embedding_service.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from examples.embedding_service.pipeline import Failure, Pipeline
+from examples.embedding_service.pipeline import SLICE, Failure, Pipeline
 from examples.embedding_service.ratelimit import MemoryRateLimit
 from examples.embedding_service.service import Service
 from examples.embedding_service.sqlite_tasks import SqliteTasks
@@ -51,8 +53,6 @@ from tests.serving import served
 
 pytestmark = [
     pytest.mark.timeout(120),
-    # Chroma leaves closing its files to the collector.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 
@@ -123,6 +123,7 @@ def test_document_is_stored_and_found_and_survives_a_restart(kept: dict[str, Any
             "model": "offline/hashing",
             "documents": 2,
             "chunks": 2,
+            "max_body_bytes": 1_048_576,
         },
     )
 
@@ -280,6 +281,17 @@ def test_attempts_end_and_the_reason_is_told(model: Model) -> None:
     assert "sk-" not in json.dumps(task)
 
 
+@pytest.mark.parametrize(
+    "answer", [Reply(status=404, text="No such model."), Reply(vectors={0: [1.0] * 8})]
+)
+def test_fault_of_the_operator_kills_no_document(answer: Reply) -> None:
+    """A wrong model or width is mended by whoever runs the service; the text is innocent."""
+    with Model() as model, serving(**model.settings, dimensions=16, retry_max_s=0.05) as client:
+        model.script(answer)
+        assert client.stored("A document.")
+        assert len(model.requests) >= 2
+
+
 class HalfBroken(BuiltinStore):
     """A store that refuses a write with one certain document."""
 
@@ -343,10 +355,65 @@ def test_chunks_of_all_documents_share_batches() -> None:
     store.close()
 
 
+def test_document_that_cannot_be_cut_takes_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tokenizer that stumbles over one text is no reason to fail its neighbours."""
+
+    def split(_: Counting, text: str) -> list[str]:
+        if text == "odd":
+            raise ValueError(text)
+        return [text]
+
+    monkeypatch.setattr(Counting, "split", split)
+    outcomes, _, store = processed("a", "odd", "b")
+    assert (outcomes[0], outcomes[2]) == (1, 1)
+    assert (outcomes[1].code, outcomes[1].may_pass) == ("internal", True)
+    store.close()
+
+
+def test_progress_counts_vectors_and_not_attempts() -> None:
+    """`chunks_done` is what has a vector."""
+    store, told = BuiltinStore(None), []
+    pipeline = Pipeline(Counting(), store, lambda user: user)  # type: ignore[arg-type]
+    text = "|".join(["bad"] * SLICE + ["good"] * SLICE)
+    pipeline.process([Document(user="ann", text=text)], lambda *said: told.append(said))
+    store.close()
+    assert told == [(0, 2 * SLICE, 0), (0, 2 * SLICE, 0), (0, 2 * SLICE, SLICE)]
+
+
+def test_document_that_is_not_held_any_more_is_not_stored() -> None:
+    """Its next holder may have stored a later form of it."""
+    store = BuiltinStore(None)
+    pipeline = Pipeline(Counting(), store, lambda user: user)  # type: ignore[arg-type]
+    documents = [Document(user="ann", text=text) for text in ("lost", "held")]
+    outcomes = pipeline.process(documents, lambda *_: None, lambda place: place == 1)
+    assert isinstance(outcomes[0], Failure)
+    assert (outcomes[0].may_pass, outcomes[1], store.count()) == (True, 1, (1, 1))
+    store.close()
+
+
+def test_vectors_of_another_width_never_mix() -> None:
+    """A server that has another model under the old name would shift all rows."""
+    store = BuiltinStore(None)
+
+    def put(text: str, width: int) -> None:
+        vector = array("f", [1.0] * width)
+        store.replace("c", [Embedded(Document(user="ann", text=text), [text], [vector])])
+
+    put("a", 8)
+    with pytest.raises(UnavailableError, match="4 and 8"):
+        put("b", 4)
+    assert [hit.text for hit in store.search("c", [1.0] * 8, 5)] == ["a"]
+    put("a", 4)  # the only one may change
+    store.close()
+
+
 def test_document_with_more_chunks_than_one_write_takes_is_refused() -> None:
     """A half-stored document must not be possible."""
-    outcomes, _, store = processed("|".join("x" * (BuiltinStore.max_rows + 1)))
+    outcomes, vectors, store = processed("|".join("x" * (BuiltinStore.max_rows + 1)))
     assert (outcomes[0].code, store.count()) == ("too_many_chunks", (0, 0))
+    assert vectors.batches == []  # nor does it cost anything
     store.close()
 
 
@@ -364,6 +431,89 @@ def test_task_that_takes_its_worker_down_is_given_up(tmp_path: Path) -> None:
     tasks.close()
     assert task is not None
     assert (task.status, task.error and task.error[0]) == ("failed", "worker_lost")
+
+
+def test_full_disk_costs_no_room_in_the_queue_and_no_document(tmp_path: Path) -> None:
+    """What was refused does not count, and what was in hand goes on when there is space again."""
+    service = Service(Config(data=str(tmp_path), store="builtin", queue_size=5))
+    tasks = service.tasks
+    assert isinstance(tasks, SqliteTasks)
+    first, second = (
+        tasks.create(Document(user="ann", text=f"Document {number}. {'x' * 9_000}")).task_id
+        for number in range(2)
+    )
+
+    def full(*, is_full: bool) -> None:
+        pages = tasks._db.execute("PRAGMA page_count").fetchone()[0] if is_full else 1_000_000
+        tasks._db.execute(f"PRAGMA max_page_count = {pages}")
+
+    full(is_full=True)
+    for _ in range(10):
+        with pytest.raises(UnavailableError):
+            tasks.create(Document(user="ann", text="y" * 90_000))
+    full(is_full=False)
+    runner, begin, settle = service.runner, tasks.begin, tasks.finish
+    fails = ["begin", "finish"]
+
+    def begin_once(task_id: str) -> Any:
+        if task_id == second and "begin" in fails:
+            fails.remove("begin")
+            raise UnavailableError("The disk is full.")
+        return begin(task_id)
+
+    def finish_once(*args: Any) -> None:
+        if "finish" in fails:
+            fails.remove("finish")
+            raise UnavailableError("The disk is full.")
+        settle(*args)
+
+    tasks.begin, tasks.finish = begin_once, finish_once  # type: ignore[method-assign]
+    service.queue.start()
+    states = [lambda one=one: tasks.get("ann", one) for one in (first, second)]
+    wait_until(lambda: [state().status for state in states] == ["done", "done"], 20)  # type: ignore[union-attr,no-untyped-call]
+    assert fails == []
+    for number in range(5):
+        tasks.create(Document(user="ann", text=f"As many as before: {number}."))
+    runner.close()
+    service.close()
+
+
+def test_clock_that_is_put_back_delays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may start in another year, and learn the time when it has a network."""
+    tasks = SqliteTasks(None, capacity=5, keep_s=60)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1e8)
+    new, again = (tasks.create(Document(user="ann", text=text)).task_id for text in "ab")
+    assert set(tasks.due(5)) == {new, again}
+    ticket = tasks.begin(again)
+    assert ticket is not None
+    tasks.retry(ticket, 10)
+    assert tasks.due(5) == [new]
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert set(tasks.due(5)) == {new, again}
+    tasks.close()
+
+
+def test_polite_end_is_no_loss_of_a_worker(tmp_path: Path, model: Model) -> None:
+    """However often the service is restarted while its model hangs, the document lives."""
+    config = Config(data=str(tmp_path), store="builtin", shutdown_s=0, **model.settings)  # type: ignore[arg-type]
+    path, threads = tmp_path / "tasks.sqlite3", []
+    with model.hold():
+        for number in range(MAX_LOSSES + 1):
+            service = Service(config)
+            if number == 0:
+                task_id = service.tasks.create(Document(user="ann", text="Patience.")).task_id
+            service.queue.start()
+            model.wait_for_requests(number + 1)
+            service.close()
+            threads.append(service.queue._thread)  # type: ignore[attr-defined]
+    for thread in threads:
+        thread.join(20)
+    tasks = SqliteTasks(path, capacity=5, keep_s=60)
+    ticket = tasks.begin(task_id)
+    tasks.close()
+    assert ticket is not None
+    assert ticket.attempt == 1
 
 
 # --- Ends and beginnings -----------------------------------------------------------------------
@@ -456,6 +606,13 @@ JSON = "application/json"
         ("text/plain", b"", 422, "empty"),
         ("multipart/form-data; boundary=b", b"--b\r\n\r\nx", 422, "invalid_input"),
         ("multipart/form-data", b"", 422, "invalid_input"),
+        (  # a head whose reading would take most of a minute
+            "multipart/form-data; boundary=b",
+            b'--b\r\nContent-Disposition: form-data; name="file"%b\r\n\r\nx\r\n--b--'
+            % (b";a" * 500_000),
+            422,
+            "invalid_input",
+        ),
         ("application/pdf", b"%PDF", 415, "unsupported_media_type"),
         ("", b"text", 415, "unsupported_media_type"),
         ("text/plain", b"a" * 1_048_577, 413, "too_large"),
@@ -519,6 +676,12 @@ def test_endless_body_is_cut_early(open_service: Client) -> None:
         except OSError:
             assert sent < 200
     assert sent < 200 or b" 413 " in answer
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_no_page_runs_scripts_of_another_site(path: str, open_service: Client) -> None:
+    """The tab's key lies where any script of the same origin can read it."""
+    assert open_service.ask("GET", path)[0] == 404
 
 
 def test_metadata_cannot_pass_for_what_the_service_keeps(kept: dict[str, Any]) -> None:
@@ -632,6 +795,9 @@ def test_full_queue_refuses_and_recovers(model: Model) -> None:
         ({"API_KEYS": "ann:secret-123"}, "shorter than 16"),
         ({"API_KEYS": "secret-0123456789"}, "pair 1 is not `user:key`"),
         ({"API_KEYS": f"ann:{KEYS['ann']},bob:{KEYS['ann']}"}, "another user's as well"),
+        ({"API_KEYS": "ann:sécret-0123456789"}, "no header can carry"),
+        ({"API_KEYS": "ann:secret 0123456789"}, "no header can carry"),
+        ({"API_KEYS": ","}, "no `user:key` pairs"),
         ({"REDIS_URL": "secret-0123456789"}, "must begin with redis://"),
         ({"REDIS_URL": "redis://:secret-0123456789@h/0"}, "set EMBEDDING_SERVICE_CHROMA_URL"),
         ({"CHUNK_TOKENS": "16", "CHUNK_OVERLAP": "9"}, "at most half"),

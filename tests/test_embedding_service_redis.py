@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from examples.embedding_service import chroma_store
 from examples.embedding_service.celery_app import make_celery
 from examples.embedding_service.chroma_store import ChromaStore
 from examples.embedding_service.config import Config
@@ -52,7 +53,6 @@ pytestmark = [
     pytest.mark.timeout(240),
     # One Redis and one Chroma serve all of them, and the machine has few cores.
     pytest.mark.xdist_group("embedding_service_redis"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 
@@ -419,6 +419,8 @@ def test_silent_holder_loses_its_task_and_is_not_believed_any_more(tasks: RedisT
     assert state.status == "queued"
     new = tasks.begin(task_id)
     assert new is not None
+    assert not tasks.renew(old)
+    assert tasks.renew(new)
     tasks.finish(old, 1)
     tasks.fail(old, "code", "message")
     state = tasks.get("ann", task_id)
@@ -428,6 +430,18 @@ def test_silent_holder_loses_its_task_and_is_not_believed_any_more(tasks: RedisT
     state = tasks.get("ann", task_id)
     assert state is not None
     assert (state.status, state.chunks_done) == ("done", 2)
+
+
+def test_lost_message_is_sent_again_though_the_queue_is_never_empty(
+    settings: dict[str, str],
+) -> None:
+    """A busy service must not starve the one whose message was lost."""
+    tasks = RedisTasks(settings["redis_url"], capacity=3, keep_s=60, lease_s=0.01)
+    tasks.client.rpush(QUEUE, "a message of another task")
+    task_id = tasks.create(document()).task_id
+    assert wait_until(lambda: tasks.due(10)) == [task_id]
+    tasks.client.delete(QUEUE)
+    tasks.close()
 
 
 def test_settled_task_keeps_no_text_and_expires(tasks: RedisTasks) -> None:
@@ -479,6 +493,7 @@ def test_redis_that_is_away_is_unavailable_and_not_named() -> None:
     )
     with pytest.raises(UnavailableError) as caught:
         tasks.create(document())
+    tasks.close()
     assert "secret" not in str(caught.value)
 
 
@@ -564,3 +579,23 @@ def test_chroma_server_that_is_away_is_unavailable() -> None:
     store = ChromaStore.at(f"http://127.0.0.1:{free_port()}")
     with pytest.raises(UnavailableError):
         store.count()
+
+
+def test_chroma_server_that_hangs_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chroma's own client would wait for ever, and its worker with it."""
+    monkeypatch.setattr(chroma_store, "_CONNECT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = ChromaStore.at(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(UnavailableError):
+            store.count()
+
+
+def test_chroma_server_that_falls_silent_is_unavailable(
+    chroma_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it has answered before."""
+    monkeypatch.setattr(chroma_store, "_ANSWER_S", 0.001)  # no server is so quick
+    store = ChromaStore.at(chroma_url)
+    with pytest.raises(UnavailableError):
+        store.replace("es-silent", [embedded("a", *["a"] * 500)])
+    store.close()

@@ -66,7 +66,10 @@ def create_app(config: Config | None = None) -> FastAPI:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(service.close)
 
-    app = FastAPI(title="Embedding service", lifespan=lifespan(inner=life))
+    # FastAPI's own pages would run scripts of another site where the page keeps its key.
+    app = FastAPI(
+        title="Embedding service", lifespan=lifespan(inner=life), docs_url=None, redoc_url=None
+    )
     install(app)  # errors become answers; work whose client went away ends
     app.add_exception_handler(RequestValidationError, _refuse_parameters)
     app.add_exception_handler(HTTPException, _refuse_route)
@@ -191,6 +194,7 @@ def healthz(service: Annotated[Service, Depends(the_service)]) -> dict[str, obje
         "model": service.config.model,
         "documents": documents,
         "chunks": chunks,
+        "max_body_bytes": service.config.max_body_bytes,
     }
 
 

@@ -16,6 +16,7 @@ from examples.embedding_service.errors import ForbiddenError, UnauthorizedError
 LOCAL_USER = "local"
 MIN_KEY_CHARS = 16
 _USER = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
+_KEY = re.compile(r"[\x21-\x7e]*")
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
@@ -40,10 +41,17 @@ class ApiKeys:
                     f"pair {number} is not `user:key` with a user of letters, digits, "
                     "`_`, `.`, `@` and `-`"
                 )
+            if not _KEY.fullmatch(key):
+                raise ValueError(
+                    f"the key of `{user}` has other characters than plain letters, digits and "
+                    "signs, which no header can carry"
+                )
             if len(key) < MIN_KEY_CHARS:
                 raise ValueError(f"the key of `{user}` is shorter than {MIN_KEY_CHARS} characters")
             if self._users.setdefault(_digest(key), user) != user:
                 raise ValueError(f"the key of `{user}` is another user's as well")
+        if text.strip() and not self._users:
+            raise ValueError("there are no `user:key` pairs in it")
 
     def __bool__(self) -> bool:
         return bool(self._users)

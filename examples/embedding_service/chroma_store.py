@@ -21,6 +21,7 @@ from examples.embedding_service.stores import Embedded, Hit
 
 try:
     import chromadb
+    import httpx  # which comes with chromadb
     from chromadb.config import Settings
     from chromadb.errors import NotFoundError
 except ImportError as missing:
@@ -29,6 +30,10 @@ except ImportError as missing:
 _COUNT_KEPT_S = 2.0
 """How long counts are kept: Chroma counts documents by listing them, which health checks should
 not ask for every second."""
+
+_CONNECT_S, _ANSWER_S = 5.0, 60.0
+"""How long a server may be silent; guessed. Without a limit, one that hangs would hold its worker,
+and with it the documents, for ever."""
 
 
 class ChromaStore:
@@ -60,18 +65,7 @@ class ChromaStore:
     @classmethod
     def at(cls, url: str) -> ChromaStore:
         """Keep the vectors in a server, which workers share."""
-        parts = urlsplit(url)
-        is_encrypted = parts.scheme == "https"
-        port = parts.port or (443 if is_encrypted else 80)
-        return cls(
-            lambda: chromadb.HttpClient(
-                host=parts.hostname or "localhost",
-                port=port,
-                ssl=is_encrypted,
-                settings=Settings(anonymized_telemetry=False),
-            ),
-            "chroma-server",
-        )
+        return cls(lambda: _connect(url), "chroma-server")
 
     def replace(self, collection: str, documents: Sequence[Embedded]) -> None:
         """Upsert all chunks in one write, then remove those beyond the end of their document."""
@@ -151,12 +145,11 @@ class ChromaStore:
             client, self._client = self._client, None
             self._collections.clear()
         if client is not None:
+            sessions = _sessions(client)
             client.close()
             # It leaves the connections of its HTTP sessions open.
-            for part in (client, getattr(client, "_admin_client", None)):
-                session = getattr(getattr(part, "_server", None), "_session", None)
-                if session is not None:
-                    session.close()
+            for session in sessions:
+                session.close()
 
     @contextmanager
     def _reaching(self, collection: str | None) -> Generator[Any]:
@@ -196,6 +189,31 @@ class ChromaStore:
             with self._lock:
                 self._collections[name] = kept
         return kept
+
+
+def _connect(url: str) -> Any:
+    """Return a client that waits for nothing endlessly, as Chroma's own does."""
+    parts = urlsplit(url)
+    is_encrypted = parts.scheme == "https"
+    port = parts.port or (443 if is_encrypted else 80)
+    host = parts.hostname or "localhost"
+    shown = f"[{host}]" if ":" in host else host
+    # Making the client asks the server, without a limit; so see first whether it answers.
+    httpx.get(f"{parts.scheme}://{shown}:{port}/api/v2/heartbeat", timeout=_CONNECT_S)
+    client = chromadb.HttpClient(
+        host=host, port=port, ssl=is_encrypted, settings=Settings(anonymized_telemetry=False)
+    )
+    for session in _sessions(client):
+        session.timeout = httpx.Timeout(_ANSWER_S, connect=_CONNECT_S)
+    return client
+
+
+def _sessions(client: Any) -> list[Any]:
+    """Return the HTTP sessions of a client; one of embedded files has none."""
+    parts = (client, getattr(client, "_admin_client", None))
+    servers = (getattr(part, "_server", None) for part in parts)
+    found = (getattr(server, "_session", None) for server in servers)
+    return [session for session in found if session is not None]
 
 
 def _row_id(item: Embedded, number: int) -> str:

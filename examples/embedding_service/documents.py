@@ -18,6 +18,7 @@ from examples.embedding_service.errors import InvalidInputError, UnsupportedType
 MAX_TITLE_CHARS = 200
 MAX_METADATA = 32
 MAX_METADATA_CHARS = 1_000
+_MAX_HEAD_BYTES = 4_096  # of a form's part; the time to read one grows with its square
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -160,6 +161,8 @@ def _form(boundary: str, raw: bytes) -> dict[str, tuple[str, bytes]]:
         head, separator, content = piece.partition(b"\r\n\r\n")
         if not separator:
             raise InvalidInputError("A part of the form has no end of its head.")
+        if len(head) > _MAX_HEAD_BYTES:
+            raise InvalidInputError("A part of the form has a head that is too long.")
         message = Message()
         for line in head.decode("utf-8", "replace").split("\r\n"):
             name, _, value = line.partition(":")

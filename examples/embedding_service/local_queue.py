@@ -77,11 +77,7 @@ class LocalQueue:
     def _work(self) -> None:
         while True:
             self._wake.clear()
-            try:
-                tickets = self._take()
-            except UnavailableError as error:
-                logger.warning("%s", error)
-                tickets = []
+            tickets = self._take()
             if tickets:
                 self._runner.run(tickets)
             if self._closing.is_set() and not self._goes_on():
@@ -93,5 +89,16 @@ class LocalQueue:
         return time.monotonic() < self._drain_until and self._tasks.open_tasks() > 0
 
     def _take(self) -> list[Ticket]:
-        found = (self._runner.begin(task_id) for task_id in self._tasks.due(self._batch))
-        return [ticket for ticket in found if ticket is not None]
+        """Take what is due, up to where the tasks cannot be reached."""
+        tickets: list[Ticket] = []
+        try:
+            self._runner.give_back()
+            for task_id in self._tasks.due(self._batch):
+                ticket = self._runner.begin(task_id)
+                if ticket is not None:
+                    tickets.append(ticket)
+        except UnavailableError as error:
+            logger.warning("%s", error)
+        except Exception:
+            logger.exception("The queue failed")  # and goes on: nobody else would
+        return tickets

@@ -10,7 +10,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dspylite.errors import DSPyError, EmbeddingError, InputFieldError, LMInvalidRequestError
+from dspylite.errors import (
+    DSPyError,
+    EmbeddingValueError,
+    InputFieldError,
+    LMInvalidRequestError,
+)
 from examples.embedding_service.documents import Document
 from examples.embedding_service.stores import Embedded, Store
 from examples.embedding_service.vectors import Vectors
@@ -20,8 +25,13 @@ logger = logging.getLogger(__name__)
 SLICE = 256
 """Chunks embedded between two reports of progress; guessed. It also bounds what is repeated."""
 
+_NOT_FOUND = {404, 405}  # a wrong model or address, and not a wrong text
+
 Progress = Callable[[int, int, int], None]
 """Told (place of the document, chunks in all, chunks that have a vector)."""
+
+IsHeld = Callable[[int], bool]
+"""Asked, by the place of the document, before it is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +68,26 @@ class Pipeline:
         self._store = store
         self._collection_of = collection_of
 
-    def process(self, documents: Sequence[Document], progress: Progress) -> list[Outcome]:
-        """Store documents and return what became of each, in order."""
-        cut = [self._vectors.split(document.text) for document in documents]
+    def process(
+        self,
+        documents: Sequence[Document],
+        progress: Progress,
+        is_held: IsHeld = lambda place: True,  # noqa: ARG005
+    ) -> list[Outcome]:
+        """Store documents and return what became of each, in order.
+
+        One that is not held any more is not stored: a later form may be there already.
+        """
+        split = [self._cut(document.text) for document in documents]
+        cut: list[list[str]] = [[] if isinstance(chunks, Failure) else chunks for chunks in split]
         embedded = self._embed(cut, progress)
         outcomes: list[Outcome] = [
-            self._fault(chunks, vectors) or len(chunks)
-            for chunks, vectors in zip(cut, embedded, strict=True)
+            chunks if isinstance(chunks, Failure) else self._fault(chunks, vectors) or len(chunks)
+            for chunks, vectors in zip(split, embedded, strict=True)
         ]
+        for place, outcome in enumerate(outcomes):
+            if isinstance(outcome, int) and not is_held(place):
+                outcomes[place] = Failure("unavailable", "Its worker was silent.", may_pass=True)
         # Of equal documents the last one is stored: a store refuses an id that comes twice.
         by_user: dict[str, dict[str, list[int]]] = {}
         for place, document in enumerate(documents):
@@ -83,6 +105,24 @@ class Pipeline:
                     for place in same:
                         outcomes[place] = failure
         return outcomes
+
+    def _cut(self, text: str) -> list[str] | Failure:
+        """Cut a text, and refuse one that cannot be stored before it costs anything."""
+        try:
+            chunks = self._vectors.split(text)
+        except Exception as error:  # noqa: BLE001  # the others of the batch are innocent
+            logger.warning("A document could not be cut: %s", _said(error))
+            return Failure(*_told(error), _may_pass(error))
+        if not chunks:
+            return Failure("empty", "The document has no text.", may_pass=False)
+        if len(chunks) > self._store.max_rows:
+            return Failure(
+                "too_many_chunks",
+                f"The document has {len(chunks)} chunks; at most {self._store.max_rows} fit into "
+                "one write. Send it in parts.",
+                may_pass=False,
+            )
+        return chunks
 
     def _embed(
         self, cut: Sequence[Sequence[str]], progress: Progress
@@ -102,7 +142,7 @@ class Pipeline:
                 made[place].append(vector)
             for place in {place for place, _ in part}:
                 if len(cut[place]) > SLICE:
-                    progress(place, len(cut[place]), len(made[place]))
+                    progress(place, len(cut[place]), len(_only_vectors(made[place])))
         return made
 
     def _embed_apart(self, part: Sequence[tuple[int, str]]) -> list[array[float] | BaseException]:
@@ -116,15 +156,6 @@ class Pipeline:
     def _fault(
         self, chunks: Sequence[str], vectors: Sequence[array[float] | BaseException]
     ) -> Failure | None:
-        if not chunks:
-            return Failure("empty", "The document has no text.", may_pass=False)
-        if len(chunks) > self._store.max_rows:
-            return Failure(
-                "too_many_chunks",
-                f"The document has {len(chunks)} chunks; at most {self._store.max_rows} fit into "
-                "one write. Send it in parts.",
-                may_pass=False,
-            )
         faults = [
             (number, vector)
             for number, vector in enumerate(vectors)
@@ -176,9 +207,12 @@ def _all_refused(vectors: Sequence[array[float] | BaseException]) -> bool:
 def _may_pass(error: BaseException) -> bool:
     """Tell whether an error may pass: all but those that are about the text itself.
 
-    Wrong keys and models are mended by whoever runs the service, so no document dies of them.
+    Wrong keys, models and dimensions are mended by whoever runs the service, so no document dies
+    of them.
     """
-    return not isinstance(error, LMInvalidRequestError | EmbeddingError | InputFieldError)
+    if isinstance(error, LMInvalidRequestError):
+        return error.status in _NOT_FOUND
+    return not isinstance(error, EmbeddingValueError | InputFieldError)
 
 
 def _told(error: BaseException) -> tuple[str, str]:

@@ -29,6 +29,7 @@ QUEUE = "embedding-service"
 """The list of Celery's messages, which is named as its queue."""
 
 _OPEN_KEY = PREFIX + "open"
+_PATIENCE = 60  # leases after which a message counts as lost though others still wait; guessed
 _FIRST_BUSY_S = 1  # how soon a task is looked at whose document another task has in hand; guessed
 
 _SHOWN = (
@@ -62,8 +63,10 @@ for _, id in ipairs(ids) do
     redis.call('ZREM', KEYS[1], id)
   else
     redis.call('ZADD', KEYS[1], now + tonumber(ARGV[2]), id)
-    -- While messages lie in the queue, that of this task is probably among them.
-    if phase ~= 'sent' or not backlog then
+    -- While messages lie in the queue, that of this task is probably among them; but a queue may
+    -- never be empty.
+    local looks = redis.call('HINCRBY', task, 'looks', 1)
+    if phase ~= 'sent' or not backlog or looks % tonumber(ARGV[4]) == 0 then
       redis.call('HSET', task, 'phase', 'sent', 'status', 'queued')
       due[#due + 1] = id
     end
@@ -218,7 +221,9 @@ class RedisTasks:
     def due(self, limit: int) -> list[str]:
         """Name open tasks for which a message must be sent, and put off the next look at them."""
         with reaching_redis():
-            found = self._due(keys=[_OPEN_KEY, QUEUE], args=[limit, self.lease_s, PREFIX])
+            found = self._due(
+                keys=[_OPEN_KEY, QUEUE], args=[limit, self.lease_s, PREFIX, _PATIENCE]
+            )
         return cast("list[str]", found)
 
     def begin(self, task_id: str) -> Ticket | None:
@@ -241,9 +246,9 @@ class RedisTasks:
         document = Document(user=user, text=text, title=title, metadata=json.loads(metadata))
         return Ticket(task_id, token, document, int(attempt))
 
-    def renew(self, ticket: Ticket) -> None:
-        """Go on holding a ticket."""
-        self._say(ticket, "renew", self.lease_s)
+    def renew(self, ticket: Ticket) -> bool:
+        """Go on holding a ticket; False where its lease has ended."""
+        return self._say(ticket, "renew", self.lease_s)
 
     def progress(self, ticket: Ticket, total: int, done: int) -> None:
         """Note how far the document is."""
@@ -274,14 +279,15 @@ class RedisTasks:
         """Close the connections."""
         self.client.close()
 
-    def _say(self, ticket: Ticket, verb: str, *values: str | float) -> None:
+    def _say(self, ticket: Ticket, verb: str, *values: str | float) -> bool:
         document = ticket.document
         lock = f"{PREFIX}lock:{document.user}:{document.document_id}"
         with reaching_redis():
-            self._say_script(
+            is_holder = self._say_script(
                 keys=[_task_key(ticket.task_id), _OPEN_KEY, lock],
                 args=[ticket.task_id, ticket.token, verb, *values],
             )
+        return bool(is_holder)
 
 
 def connect(url: str) -> redis.Redis:

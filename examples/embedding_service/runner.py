@@ -35,8 +35,9 @@ class Runner:
         self._pipeline = pipeline
         self._max_attempts = max_attempts
         self._retry_max_s = retry_max_s
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards the three below
         self._held: dict[str, Ticket] = {}
+        self._unsettled: list[Ticket] = []  # of tasks without a lease
         self._is_beating = False
         self._stop = threading.Event()
 
@@ -47,10 +48,10 @@ class Runner:
             UnavailableError: The tasks cannot be reached.
         """
         ticket = self._tasks.begin(task_id)
-        if ticket is not None and self._tasks.lease_s is not None:
+        if ticket is not None:
             with self._lock:
                 self._held[ticket.task_id] = ticket
-                if not self._is_beating:
+                if self._tasks.lease_s is not None and not self._is_beating:
                     self._is_beating = True
                     args = (self._tasks.lease_s / 3,)
                     threading.Thread(
@@ -67,9 +68,16 @@ class Runner:
             except UnavailableError as error:
                 logger.warning("Progress is not noted: %s", error)
 
+        def is_held(place: int) -> bool:
+            try:
+                return self._tasks.renew(tickets[place])
+            except UnavailableError as error:
+                logger.warning("Whose task it is cannot be asked: %s", error)
+                return False
+
         try:
             outcomes: list[Outcome] = self._pipeline.process(
-                [ticket.document for ticket in tickets], progress
+                [ticket.document for ticket in tickets], progress, is_held
             )
         except Exception:
             # A fault of ours: the documents are innocent, and are tried again by themselves.
@@ -78,22 +86,36 @@ class Runner:
         for ticket, outcome in zip(tickets, outcomes, strict=True):
             try:
                 self._settle(ticket, outcome)
-            except UnavailableError as error:
+            except Exception as error:  # noqa: BLE001  # the other tickets are settled all the same
                 logger.warning("Task %s is not settled yet: %s", ticket.task_id, error)
-                self._give_back_later(ticket)
+                if self._tasks.lease_s is None:
+                    with self._lock:
+                        self._unsettled.append(ticket)
             finally:
                 self._let_go(ticket)
         return [None] * len(tickets)
 
-    def release(self, tickets: Sequence[Ticket]) -> None:
-        """Give tickets back on which nothing was done."""
-        for ticket in tickets:
-            self._let_go(ticket)
-            self._tasks.release(ticket)
+    def give_back(self) -> None:
+        """Give back what could not be settled, where no lease does so.
+
+        Raises:
+            UnavailableError: The tasks still cannot be reached.
+        """
+        while self._unsettled:
+            self._tasks.retry(self._unsettled[0], 1)
+            with self._lock:
+                del self._unsettled[0]
 
     def close(self) -> None:
-        """End the heartbeat."""
+        """End the heartbeat, and give back what is in hand: it is not what ends this process."""
         self._stop.set()
+        with self._lock:
+            left = [*self._held.values(), *self._unsettled]
+        for ticket in left:
+            try:
+                self._tasks.release(ticket)
+            except UnavailableError as error:
+                logger.warning("Task %s is not given back: %s", ticket.task_id, error)
 
     def _settle(self, ticket: Ticket, outcome: Outcome) -> None:
         if isinstance(outcome, int):
@@ -104,14 +126,6 @@ class Runner:
             self._tasks.retry(ticket, pause * random.uniform(0.5, 1))
         else:
             self._tasks.fail(ticket, outcome.code, outcome.message)
-
-    def _give_back_later(self, ticket: Ticket) -> None:
-        """See that an unsettled task comes back: by its lease, or where there is none, here."""
-        if self._tasks.lease_s is None:
-            try:
-                self._tasks.retry(ticket, 1)
-            except UnavailableError:
-                logger.exception("Task %s comes back when the service starts again", ticket.task_id)
 
     def _let_go(self, ticket: Ticket) -> None:
         with self._lock:

@@ -54,11 +54,12 @@ class SqliteTasks:
         self._db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; {_SCHEMA}")
         with self._db:
             now = time.time()
-            self._db.execute(  # held by a process that is no more
+            self._db.execute(  # held by a process that is no more, or by its clock
                 "UPDATE tasks SET status = 'queued', due_at = ?, updated_at = ? "
-                f"WHERE {_OPEN} AND due_at IS NULL",
-                (now, now),
+                f"WHERE {_OPEN} AND (due_at IS NULL OR due_at > ?)",
+                (now, now, now),
             )
+        self._latest = now
         self._open = self._db.execute(f"SELECT count(*) FROM tasks WHERE {_OPEN}").fetchone()[0]
 
     def create(self, document: Document) -> Task:
@@ -111,10 +112,14 @@ class SqliteTasks:
 
     def due(self, limit: int) -> list[str]:
         """Name open tasks that nobody holds and whose time has come, the oldest first."""
+        now = time.time()
         with self._writing() as db:
+            if now < self._latest - 1:  # the clock was put back, maybe by years
+                db.execute("UPDATE tasks SET due_at = ? WHERE due_at > ?", (now, now))
+            self._latest = now
             rows = db.execute(
                 "SELECT task_id FROM tasks WHERE due_at <= ? ORDER BY due_at LIMIT ?",
-                (time.time(), limit),
+                (now, limit),
             ).fetchall()
         return [row[0] for row in rows]
 
@@ -140,8 +145,10 @@ class SqliteTasks:
         document = Document(user=row[0], text=row[1], title=row[2], metadata=json.loads(row[3]))
         return Ticket(task_id, "", document, row[5] + 1)
 
-    def renew(self, ticket: Ticket) -> None:
-        """Do nothing: tickets live as long as the process."""
+    def renew(self, ticket: Ticket) -> bool:
+        """Go on holding a ticket: it lives as long as the process."""
+        del ticket
+        return True
 
     def progress(self, ticket: Ticket, total: int, done: int) -> None:
         """Note how far the document is."""
@@ -219,6 +226,7 @@ class SqliteTasks:
                 loses its power. Of the rest only a repeat is at stake.
         """
         with self._lock:
+            counted = self._open
             try:
                 if at_once:
                     self._db.execute("PRAGMA synchronous=FULL")
@@ -227,6 +235,7 @@ class SqliteTasks:
                 if at_once:
                     self._db.execute("PRAGMA synchronous=NORMAL")
             except sqlite3.Error as error:
+                self._open = counted  # nothing of it happened
                 raise UnavailableError(
                     f"The file of the tasks cannot be used: {error}.", retry_after=5
                 ) from error

@@ -131,6 +131,7 @@ class BuiltinStore:
                 "DELETE FROM chunks WHERE collection = ? AND document_id = ?",
                 [(collection, item.document.document_id) for item in documents],
             )
+            _check_width(db, collection, {len(row[-1]) for row in rows})
             db.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             self._kept.pop(collection, None)
 
@@ -206,6 +207,23 @@ class BuiltinStore:
                 raise UnavailableError(
                     f"The file of the vectors cannot be used: {error}.", retry_after=5
                 ) from error
+
+
+def _check_width(db: sqlite3.Connection, collection: str, sizes: set[int]) -> None:
+    """Let only vectors of one width into a collection: others cannot be compared with them.
+
+    Raises:
+        UnavailableError: The model gives vectors of another width than before.
+    """
+    kept = db.execute(
+        "SELECT length(vector) FROM chunks WHERE collection = ? LIMIT 1", (collection,)
+    ).fetchone()
+    widths = sorted(size // 4 for size in sizes | ({kept[0]} if kept else set()))
+    if len(widths) > 1:
+        raise UnavailableError(
+            f"Vectors of {' and '.join(map(str, widths))} numbers do not fit together; "
+            "the model's server has changed."
+        )
 
 
 def _unit(vector: array[float]) -> array[float]:

@@ -92,8 +92,8 @@ class Tasks(Protocol):
         """Take a task; None where it is settled, or another holder has it or its document."""
         ...
 
-    def renew(self, ticket: Ticket) -> None:
-        """Go on holding a ticket."""
+    def renew(self, ticket: Ticket) -> bool:
+        """Go on holding a ticket; False where the task has passed to another holder."""
         ...
 
     def progress(self, ticket: Ticket, total: int, done: int) -> None:

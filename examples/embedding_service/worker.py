@@ -81,6 +81,8 @@ def _watch() -> None:
                 queue.submitted(task_id)
         except UnavailableError as error:
             logger.warning("%s", error)
+        except Exception:
+            logger.exception("Looking for tasks that are due failed")  # and goes on
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator,unused-ignore]
