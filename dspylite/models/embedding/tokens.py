@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
     """What counts tokens: any object with these three. Threads share it.
 
     Attributes:
-        name: Tells it from others; part of what vectors are cached under.
+        name: Tells it from others, in errors.
         special: Tokens that the model adds around each text, such as 2 for `[CLS]` and `[SEP]`.
             `ends` does not count them.
     """
