@@ -33,10 +33,12 @@ SLACK = 40
 """Kept connections to the provider that a later peak may add; seen: up to 20. At full size 1,000
 requests of the second half go away, so that one thread or descriptor lost by some of them shows."""
 
+# One loop on every machine: uvloop, where it is installed, serves the first half before all threads
+# and connections are there.
 SERVE = """
 import socket, sys, uvicorn
 listener = socket.socket(fileno=int(sys.argv[1]))
-config = uvicorn.Config("examples.fastapi_app:app", log_level="warning")
+config = uvicorn.Config("examples.fastapi_app:app", log_level="warning", loop="asyncio", http="h11")
 uvicorn.Server(config).run(sockets=[listener])
 """
 

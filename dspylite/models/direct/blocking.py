@@ -7,6 +7,7 @@ Every read is bounded by the attempt's own limits, headers included. Not here: t
 from __future__ import annotations
 
 import atexit
+import codecs
 import functools
 import http.client
 import io
@@ -175,6 +176,8 @@ class _Client:
 def _load_urllib3() -> Any:
     with loading():
         import urllib3  # noqa: PLC0415  # costs 40 ms, so on the first call only
+
+        codecs.lookup("idna")  # what names of hosts are written in, loaded when it is looked for
 
     return urllib3
 
