@@ -422,7 +422,8 @@ def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Without slots, for which Python before 3.11.4 puts a `__getstate__` of its own over ours.
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """All settings of one moment, whole, and the call in progress then.
 
