@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,33 @@ def said_by(process: subprocess.Popen[str], *, code: int = 0) -> str:
         raise AssertionError(f"the process hangs: {out} {err}") from None
     assert process.returncode == code, (process.returncode, out, err)
     return out
+
+
+HOLD = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+if sys.argv[2] == "OWNED":
+    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+    connection.execute("BEGIN EXCLUSIVE")
+    connection.execute("INSERT INTO Settings VALUES ('hits2', 0)")
+    connection.execute("ROLLBACK")
+else:
+    connection.execute(f"BEGIN {sys.argv[2]}")
+print("held", flush=True)
+sys.stdin.readline()
+connection.close()
+"""
+
+
+@contextmanager
+def lock_on(file: Path, how: str) -> Iterator[None]:
+    """Have another process hold the database's lock."""
+    process = python(HOLD, file, how)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield
+        said_by(process)
+    finally:
+        process.kill()
+        process.communicate()

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,11 +29,13 @@ from dspylite.models.cache.contract import BusyError, DamagedError, UnavailableE
 from dspylite.models.cache.disk import DiskTable
 from dspylite.testing import FakeServer
 from tests.cache_tools import (
+    HOLD,
     MakeCache,
     ask,
     asked_anew,
     database,
     lm_of,
+    lock_on,
     put_rows,
     python,
     right_rows,
@@ -404,36 +406,6 @@ def test_a_directory_that_is_removed_is_made_again(
 
 
 # --- Locks ---------------------------------------------------------------------------------------
-
-HOLD = """
-import sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-if sys.argv[2] == "OWNED":
-    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-    connection.execute("BEGIN EXCLUSIVE")
-    connection.execute("INSERT INTO Settings VALUES ('hits2', 0)")
-    connection.execute("ROLLBACK")
-else:
-    connection.execute(f"BEGIN {sys.argv[2]}")
-print("held", flush=True)
-sys.stdin.readline()
-connection.close()
-"""
-
-
-@contextmanager
-def lock_on(file: Path, how: str) -> Iterator[None]:
-    """Have another process hold the database's lock."""
-    process = python(HOLD, file, how)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield
-        said_by(process)
-    finally:
-        process.kill()
-        process.communicate()
-
 
 NO_LOCK_S = 2.5
 """A call may wait 0.25 s; a machine under load needs some more, and diskcache waits 60."""

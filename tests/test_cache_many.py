@@ -27,7 +27,7 @@ from dspylite.models.cache import connections, contract, store
 from dspylite.models.cache.cache import Cache
 from dspylite.models.cache.rows import MAX_ROW_BYTES
 from dspylite.schema.messages import LMOutput, LMResponse
-from tests.cache_tools import MakeCache, database, python, said_by
+from tests.cache_tools import MakeCache, database, lock_on, python, said_by
 
 NO_LOCK_S = 2.5
 """A call may wait 0.25 s; a machine under load needs some more."""
@@ -384,31 +384,6 @@ def test_a_key_that_is_not_asked_for_is_not_given(tmp_path: Path, collation: str
 
 
 # --- Disks that fail -----------------------------------------------------------------------------
-
-HOLD = """
-import sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-if sys.argv[2] == "OWNED":
-    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-connection.execute("BEGIN EXCLUSIVE")
-print("held", flush=True)
-sys.stdin.readline()
-connection.close()
-"""
-
-
-@contextmanager
-def lock_on(file: Path, how: str) -> Iterator[None]:
-    """Have another process hold the database's lock."""
-    process = python(HOLD, file, how)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield
-        said_by(process)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("how", ["EXCLUSIVE", "OWNED"])

@@ -12,7 +12,6 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -544,12 +543,15 @@ def test_copies_of_an_embedder_share_the_limit_of_its_function(of: Any) -> None:
     """DSPy's call with a `batch_size` of its own makes a copy, as deep-copied programs are one."""
     inside = threading.Semaphore(1)
     crossed: list[bool] = []
+    met = threading.Event()
     gate = threading.Barrier(4)
 
     def function(texts: list[str]) -> list[list[float]]:
         is_free = inside.acquire(blocking=False)
         crossed.append(not is_free)
-        time.sleep(0.002)  # so that another thread gets the chance to do wrong
+        if not is_free:
+            met.set()
+        met.wait(0.002)  # for another thread, which must not come
         if is_free:
             inside.release()
         return [[1.0] for _ in texts]
@@ -568,12 +570,13 @@ def test_copies_of_an_embedder_share_the_limit_of_its_function(of: Any) -> None:
 
 async def test_a_cancelled_function_keeps_its_place_until_it_ends() -> None:
     """B 3.2: a thread cannot be broken off, and the next caller would be a second one inside."""
-    goes_on, ended = threading.Event(), threading.Event()
+    began, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
     calls: list[str] = []
 
     def function(texts: list[str]) -> list[list[float]]:
         calls.extend(texts)
         if texts == ["a"]:
+            began.set()
             goes_on.wait(30)
             ended.set()
         else:
@@ -584,8 +587,7 @@ async def test_a_cancelled_function_keeps_its_place_until_it_ends() -> None:
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(embedder.aembed, ["a"])
-            while not calls:
-                await anyio.sleep(0.001)
+            assert await anyio.to_thread.run_sync(began.wait, 30)
             tasks.cancel_scope.cancel()
         with anyio.move_on_after(0.05):
             await embedder.aembed(["b"])
